@@ -1,0 +1,1 @@
+"""The mathematics: tensors and numbers in, tensors out, no trainer and no peers."""
