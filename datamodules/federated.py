@@ -249,7 +249,9 @@ class FederatedTextDataModule(L.LightningDataModule):
 
     @property
     def num_labels(self) -> int:
-        """The number of classes; 0 for ``causal_lm``."""
+        """The number of classes; 0 for ``causal_lm``. Known without loading where ``labels`` were given."""
+        if self._loaded is None and self._given_labels is not None:
+            return len(self._given_labels)
         return len(self._require_loaded("num_labels").labels)
 
     @property
@@ -318,8 +320,10 @@ class FederatedTextDataModule(L.LightningDataModule):
         return self._eval_batches.get(key, [])
 
     def setup(self, stage: str) -> None:
-        """Load the data, of the strategy's own client where it has one."""
-        self.load(self._federation().own_client)
+        """Load the data, of the strategy's own client where it has one; a process without clients loads none."""
+        federation = self._federation()
+        if federation.holds_data:
+            self.load(federation.own_client)
 
     def train_dataloader(self) -> RoundLoader:
         """Return the steps of a global round."""
@@ -332,7 +336,11 @@ class FederatedTextDataModule(L.LightningDataModule):
     def test_dataloader(self) -> EvalLoader:
         """Return this process's share of the test examples."""
         federation = self._federation()
-        if federation.own_client is None and "test" not in self._require_loaded("test_dataloader").rows:
+        if (
+            federation.holds_data
+            and federation.own_client is None
+            and "test" not in self._require_loaded("test_dataloader").rows
+        ):
             raise ValueError("expected test examples, got none: set data.test_file")
         return EvalLoader(self, federation, "test")
 
@@ -355,14 +363,22 @@ class FederatedTextDataModule(L.LightningDataModule):
             raise RuntimeError(f"expected the data to be loaded before {name} is used: call load() first")
         return self._loaded
 
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of token ids that the tokenizer may give."""
+        return len(self._require_tokenizer())
+
     def _tokenize(self, rows: Rows, origin: str) -> TokenizedExamples:
+        return tokenize(self._require_tokenizer(), rows.texts, rows.pairs, rows.codes, self.max_length, origin)
+
+    def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
         if self._tokenizer is None:
             if self.tokenizer_name is None:
                 raise ValueError("expected the name of a tokenizer, got none: set data.tokenizer to the model's name")
             from elsa_pl.models import load_tokenizer
 
             self._tokenizer = load_tokenizer(self.tokenizer_name)
-        return tokenize(self._tokenizer, rows.texts, rows.pairs, rows.codes, self.max_length, origin)
+        return self._tokenizer
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

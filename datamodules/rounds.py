@@ -14,11 +14,13 @@ EvalSplit = Literal["validation", "test"]
 class Federation(Protocol):
     """What the data module asks of the strategy.
 
-    Only ``own_client`` must be known when ``setup`` runs; the rest is read when a loader is iterated.
+    Only ``own_client`` and ``holds_data`` must be known when ``setup`` runs; the rest is read when a loader is iterated.
     """
 
     own_client: str | None
     """The one client whose own file this process reads; None where the data is partitioned."""
+    holds_data: bool
+    """Whether this process reads data at all."""
     local_clients: tuple[str, ...]
     """The clients whose data this process holds."""
     steps_per_round: int

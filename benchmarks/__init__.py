@@ -1,0 +1,1 @@
+"""Measurements behind figures of the README."""

@@ -1,0 +1,5 @@
+"""The Lightning strategy: processes, collectives and aggregation in two levels."""
+
+from elsa_pl.strategies.hierarchical import HierarchicalStrategy
+
+__all__ = ["HierarchicalStrategy"]

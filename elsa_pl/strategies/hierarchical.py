@@ -1,0 +1,469 @@
+"""The Lightning strategy of a federation in two levels: processes, collectives, clients in flight, aggregation.
+
+Lightning asks a strategy for processes and collectives; this one answers both over RPC, because a process group could
+not outlive a member. One epoch is one global round. The last batch of each edge round ends with `aggregate` at every
+edge, and the last batch of the epoch with `aggregate` at the cloud, before validation looks at the model.
+"""
+
+import io
+import logging
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor
+
+from elsa_pl.errors import ConfigurationError, ElsaError, LaunchError, RunFailed
+from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
+from elsa_pl.rpc import lifecycle
+from elsa_pl.rpc.edge import EdgeService
+from elsa_pl.rpc.lifecycle import Address, Transport
+from elsa_pl.rpc.messages import Member, Role, Update
+from elsa_pl.rpc.world import World
+from elsa_pl.strategies import topology as places
+from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
+from elsa_pl.strategies.launcher import LayoutLauncher, Processes
+from elsa_pl.strategies.rounds import Rounds, Scope
+from elsa_pl.strategies.topology import CLOUD, Layout, Topology
+from elsa_pl.tiers.client import Client, EdgeAddress
+
+log = logging.getLogger(__name__)
+
+_RPC_THREADS_PER_CLIENT = 2
+_SPARE_RPC_THREADS = 8
+
+
+class HierarchicalStrategy(ParallelStrategy):
+    """Split and hierarchical federated training over RPC.
+
+    Args:
+        layout: which processes there are. ``single``: one for everything; ``tiers``: cloud and edges in one, clients
+            in ``num_hosts`` more; ``full``: one each; ``site``: every process names its own role (start them with
+            torchrun).
+        num_edges: edge servers (not for ``site``, where processes announce themselves).
+        num_hosts: processes that run clients, in ``tiers`` and ``full``.
+        edge_rounds: averages at the edges per global round.
+        local_steps: optimizer steps of each client per edge round.
+        participation: fraction of the clients that take part in a global round.
+        aggregator: name of the mean, one of `elsa_pl.functional.aggregation.AGGREGATORS`.
+        reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
+            uninterrupted one bit for bit.
+        clients_in_flight: clients of a host that step at the same time.
+        edge_of: client to edge; the others are dealt to the edges in turn.
+        role: this process' role, in ``site``.
+        name: this process' name, in ``site``; a host's name is its client's.
+        client_device: where fronts and tails compute: ``cpu`` or ``cuda:0``.
+        edge_device: where middles compute.
+        threads_per_process: intra-operator threads of torch. 1 gives the same numbers in every layout.
+        transport: RPC transport: ``uv`` sleeps when idle, ``shm`` is faster and busy-polls; ``auto`` chooses by cores.
+        port: port of the loopback interface for the processes to meet on; 0 takes a free one. torchrun brings its own.
+        startup_timeout_s: seconds to wait for the processes of the run.
+        call_timeout_s: seconds until one call (a forward pass, say) counts as failed.
+        round_timeout_s: seconds until an edge or the cloud goes on without those that did not answer.
+    """
+
+    def __init__(
+        self,
+        layout: Layout = "single",
+        *,
+        num_edges: int = 1,
+        num_hosts: int = 1,
+        edge_rounds: int = 1,
+        local_steps: int = 5,
+        participation: float = 1.0,
+        aggregator: str = "mean",
+        reset_optimizer: bool = True,
+        clients_in_flight: int = 4,
+        edge_of: dict[str, str] | None = None,
+        role: Role | None = None,
+        name: str | None = None,
+        client_device: str = "cpu",
+        edge_device: str = "cpu",
+        threads_per_process: int = 1,
+        transport: Transport = "auto",
+        port: int = 0,
+        startup_timeout_s: float = 120.0,
+        call_timeout_s: float = 120.0,
+        round_timeout_s: float = 900.0,
+    ) -> None:
+        super().__init__(cluster_environment=RoleEnvironment())
+        counts = {
+            "num_edges": num_edges,
+            "num_hosts": num_hosts,
+            "edge_rounds": edge_rounds,
+            "local_steps": local_steps,
+            "clients_in_flight": clients_in_flight,
+            "threads_per_process": threads_per_process,
+        }
+        for setting, value in counts.items():
+            if value < 1:
+                raise ConfigurationError(f"{setting} must be at least 1; got {value}")
+        if not 0 <= port <= 65535:
+            raise ConfigurationError(f"port must be in [0, 65535]; got {port}: 0 takes any free one")
+        if not 0 < participation <= 1:
+            raise ConfigurationError(f"participation must be in (0, 1]; got {participation}")
+        if aggregator not in AGGREGATORS:
+            raise ConfigurationError(f"aggregator must be one of {sorted(AGGREGATORS)}; got {aggregator!r}")
+        if layout == "site" and (role is None or (name is None and role != "cloud")):
+            raise ConfigurationError(
+                f"in the site layout every process names itself; got role={role!r}, name={name!r}: set role to cloud,"
+                " edge or host, and a name unless it is the cloud"
+            )
+        if layout != "site" and (role is not None or name is not None):
+            raise ConfigurationError(f"role and name belong to layout 'site'; got layout={layout!r}: leave them out")
+        for setting, device in (("client_device", client_device), ("edge_device", edge_device)):
+            _check_device(setting, device)
+        self.layout: Layout = layout
+        self.num_edges, self.num_hosts = num_edges, num_hosts
+        self.edge_rounds, self.local_steps, self.participation = edge_rounds, local_steps, participation
+        self.aggregator, self.reset_optimizer = aggregator, reset_optimizer
+        self.clients_in_flight = clients_in_flight
+        self._edge_of = edge_of or {}
+        self._role, self._name = role, CLOUD if role == "cloud" and name is None else name
+        self.client_device, self.edge_device = torch.device(client_device), torch.device(edge_device)
+        self._threads, self._transport, self._port = threads_per_process, transport, port
+        self._startup_timeout_s = startup_timeout_s
+        self.call_timeout_s, self.round_timeout_s = call_timeout_s, round_timeout_s
+
+        self.log_dir = Path("runs")
+        self._world: World | None = None
+        self._rounds: Rounds | None = None
+        self._processes: Processes | None = None
+
+    # ---- processes -------------------------------------------------------------------------------------------
+
+    def _configure_launcher(self) -> None:
+        self._launcher = LayoutLauncher(self.connect_processes)
+
+    def connect_processes(self) -> None:
+        """Start the layout's further processes unless somebody has, meet them, and start RPC. Once per process.
+
+        Raises:
+            LaunchError: wrong number of processes, a port in use, or somebody who does not come.
+            ConfigurationError: two sites of one name, or not exactly one cloud.
+        """
+        if self._world is not None:
+            return
+        torch.set_num_threads(self._threads)
+        address = address_from_environment() or self._launch()
+        name, role = self._own_place(address)
+        world = World(name, role, call_timeout_s=self.call_timeout_s, round_timeout_s=self.round_timeout_s)
+        if self._processes is not None:
+            world.describe_end = self._processes.tail
+        self._world = world
+        world.join(
+            address,
+            startup_timeout_s=self._startup_timeout_s,
+            transport=self._transport,
+            num_rpc_threads=_RPC_THREADS_PER_CLIENT * self.clients_in_flight + _SPARE_RPC_THREADS,
+            check=self._processes.check if self._processes is not None else lambda: None,
+            device_maps=self._device_maps,
+        )
+        cast(RoleEnvironment, self.cluster_environment).place(world.rank, len(world.members))
+        rank_zero_only.rank = world.rank  # type: ignore[attr-defined]  # Lightning sets it in the same way
+
+    def _launch(self) -> Address:
+        names = [name for name, _ in self._layout_processes()]
+        port = self._port or lifecycle.free_port()
+        if len(names) > 1:
+            self._processes = Processes(self.log_dir / "logs")
+            self._processes.start(names[1:], port, self._threads)
+        return Address("127.0.0.1", port, 0, len(names))
+
+    def _layout_processes(self) -> list[tuple[str, Role]]:
+        if self.layout == "site":
+            raise LaunchError(
+                "the site layout is started with torchrun, once per process: torchrun --nnodes=N --nproc_per_node=1"
+                " --node_rank=K --master_addr=HOST --master_port=PORT train.py fit --config ..."
+            )
+        return places.processes(self.layout, self.num_edges, self.num_hosts)
+
+    def _own_place(self, address: Address) -> tuple[str, Role]:
+        if self.layout == "site":
+            assert self._name is not None
+            assert self._role is not None
+            return self._name, self._role
+        expected = self._layout_processes()
+        if len(expected) != address.world_size:
+            raise LaunchError(
+                f"layout {self.layout!r} with num_edges={self.num_edges} and num_hosts={self.num_hosts} needs"
+                f" {len(expected)} processes ({', '.join(name for name, _ in expected)}); got {address.world_size}:"
+                " change torchrun's process count or the layout"
+            )
+        return expected[address.rank]
+
+    def _device_maps(self, members: list[Member]) -> dict[str, dict[int, int]]:
+        """CUDA device maps from this process to its peers; empty unless both tiers are on GPUs."""
+        if not self.device_to_device:
+            return {}
+        host, edge = self.client_device.index or 0, self.edge_device.index or 0
+        if len(members) == 1:
+            return {members[0].name: {index: index for index in {host, edge}}}
+        index_of = {member.name: host if member.role == "host" else edge for member in members}
+        mine = index_of[self.world.worker]
+        return {member.name: {mine: index_of[member.name]} for member in members}
+
+    @property
+    def device_to_device(self) -> bool:
+        """Whether hidden states go from GPU to GPU; otherwise they cross as CPU tensors."""
+        return self.client_device.type == self.edge_device.type == "cuda"
+
+    @property
+    def world(self) -> World:
+        """The processes of the run, once they have met."""
+        assert self._world is not None, "the processes have not met yet"
+        return self._world
+
+    @property
+    def running(self) -> bool:
+        """Whether RPC runs in this process."""
+        return self._world is not None and bool(self._world.members)
+
+    def shutdown(self, *, success: bool) -> None:
+        """End RPC and the processes that this one started. Safe to call twice."""
+        if self._rounds is not None:
+            self._rounds.dismiss()
+            self._rounds = None
+        if self._world is not None:
+            self._world.leave(success=success)
+        if self._processes is not None:
+            self._processes.end(patience_s=10.0 if success else 3.0)
+
+    # ---- what Lightning asks of a strategy -------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        return torch.device("cpu")  # the global adapters; tiers have devices of their own
+
+    @property
+    def is_global_zero(self) -> bool:
+        return self.global_rank == 0
+
+    def model_to_device(self) -> None:
+        """The tiers place themselves."""
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        return batch  # each client moves its own
+
+    def barrier(self, name: str | None = None) -> None:
+        if self.running:  # Lightning also calls it after an error, when there may be nobody to meet
+            self.world.exchange(None)
+
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        assert src == 0, "only the cloud broadcasts"
+        return self.world.exchange(obj if self.is_global_zero else None)[self.world.cloud]
+
+    def gather(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
+        """The tensors of all processes, in rank order (the form that torchmetrics asks for)."""
+        return list(self.world.exchange(tensor.detach().cpu()).values())
+
+    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
+        return torch.stack(self.gather(tensor))
+
+    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
+        if not isinstance(tensor, Tensor):
+            return tensor
+        stacked = torch.stack(self.gather(tensor))
+        name = str(reduce_op).lower()
+        for known, function in (("sum", torch.sum), ("max", torch.amax), ("min", torch.amin)):
+            if known in name:
+                return function(stacked, dim=0).to(tensor.dtype)
+        return stacked.double().mean(0).to(tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
+
+    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
+        decisions: list[bool] = list(self.world.exchange(bool(decision)).values())
+        return min(decisions) if all else max(decisions)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read on the cloud, where checkpoints are written, and share: other sites do not have the file."""
+        content: Tensor | None = None
+        if self.is_global_zero:
+            content = torch.frombuffer(bytearray(Path(checkpoint_path).read_bytes()), dtype=torch.uint8)
+        content = self.broadcast(content)
+        return cast(dict[str, Any], torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True))
+
+    def on_exception(self, exception: BaseException) -> None:
+        """Tell the others why this process ends, so that they end too, with the same reason."""
+        if not self.running or isinstance(exception, RunFailed):
+            return
+        if not self.is_global_zero and not isinstance(exception, Exception):
+            return  # told to leave: the run may go on without this process
+        text = str(exception) if isinstance(exception, ElsaError) else f"{type(exception).__name__}: {exception}"
+        self.world.fail(text if self.is_global_zero else f"{self.world.worker}: {text}")
+
+    def teardown(self) -> None:
+        """Lightning calls it after every Trainer function; the processes stay for the next one."""
+
+    # ---- what the data module asks (elsa_pl.datamodules.federated.Federation) ------------------------------------
+
+    @property
+    def own_client(self) -> str | None:
+        """In the site layout, the client whose file this process reads as a whole."""
+        return self._name if self._role == "host" else None
+
+    @property
+    def holds_data(self) -> bool:
+        """Whether this process reads data at all; in the site layout only hosts do."""
+        return self._role in (None, "host")
+
+    @property
+    def local_clients(self) -> tuple[str, ...]:
+        """Clients that this process hosts."""
+        return tuple(self.rounds.clients)
+
+    @property
+    def steps_per_round(self) -> int:
+        """Local steps per global round."""
+        return self.edge_rounds * self.local_steps
+
+    @property
+    def batches_per_step(self) -> int:
+        """Micro-batches per local step."""
+        return int(self._module.accumulate_grad_batches)
+
+    @property
+    def eval_shard(self) -> tuple[int, int] | None:
+        """Which share of the evaluation data this process computes, of how many."""
+        if not self.local_clients:
+            return None
+        if self.layout == "site":
+            return 0, 1
+        evaluators = self.rounds.topology.evaluators
+        return evaluators.index(self.world.worker), len(evaluators)
+
+    def participants(self, round_number: int) -> frozenset[str]:
+        """The clients that take part in a global round."""
+        return sample_clients(self.rounds.topology.clients, self.participation, self._module.seed, round_number)
+
+    def check(self, clients: list[str]) -> None:
+        """Check a simulation layout against its clients, before any process starts.
+
+        Raises:
+            ConfigurationError: more edges or hosts than clients, or ``edge_of`` names what is not there.
+        """
+        members = [Member(name, role, rank) for rank, (name, role) in enumerate(self._layout_processes())]
+        places.simulate(self.layout, members, clients, self.num_edges, self._edge_of)
+
+    # ---- roles -----------------------------------------------------------------------------------------------
+
+    @property
+    def _module(self) -> Any:
+        return self.lightning_module
+
+    @property
+    def rounds(self) -> Rounds:
+        """This process' part in the rounds, once it is placed."""
+        assert self._rounds is not None, "the clients are not placed yet"
+        return self._rounds
+
+    def setup(self, trainer: "pl.Trainer") -> None:
+        """Place the clients, and build what this process runs: the sessions of its edges, and its clients."""
+        super().setup(trainer)
+        refuse_unsupported(trainer)
+        if self._rounds is None:
+            self._rounds = self._make_rounds(trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
+            self.barrier()  # nobody calls an edge that is not served yet
+        self.publish()
+
+    def _make_rounds(self, datamodule: Any) -> Rounds:
+        world, module = self.world, self._module
+        topology: Topology = (
+            places.sites(world.members, self._edge_of)
+            if self.layout == "site"
+            else places.simulate(self.layout, world.members, datamodule.client_names, self.num_edges, self._edge_of)
+        )
+        plans = {client: module.plan_of(client) for client in topology.clients}
+        edges = {}
+        for edge in [edge for edge, worker in topology.edges.items() if worker == world.worker]:
+            sessions = {name: module.make_middle(plans[name], self.edge_device) for name in topology.clients_of(edge)}
+            edges[edge] = EdgeService(edge, sessions, self.edge_device, device_to_device=self.device_to_device)
+        clients = {}
+        for name in [name for name, worker in topology.hosts.items() if worker == world.worker]:
+            edge = topology.assignment[name]
+            front, tail = module.make_ends(plans[name], self.client_device)
+            clients[name] = Client(
+                name,
+                front,
+                tail,
+                EdgeAddress(topology.edges[edge], edge, self.call_timeout_s),
+                device=self.client_device,
+                device_to_device=self.device_to_device,
+            )
+        sizes = {name: datamodule.client_sizes[name] for name in clients}
+        module.forget_base_model()
+        return Rounds(world, topology, clients, sizes, edges, self.aggregate, self.clients_in_flight)
+
+    def publish(self) -> None:
+        """The cloud's adapters become everybody's: the module's, the clients' and the sessions'."""
+        adapters = self.broadcast(self._module.global_adapters() if self.is_global_zero else None)
+        self._module.load_global_adapters(adapters)
+        self.rounds.load(adapters)
+
+    def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
+        """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""
+        mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
+        if mean is not None:
+            self._module.load_global_adapters(mean)
+        if last:
+            self.publish()
+
+    def aggregate(self, scope: Scope, updates: list[Update]) -> dict[str, Tensor] | None:
+        """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.
+
+        A callback takes part by having ``on_before_aggregate(trainer, scope, updates) -> list[Update]``.
+
+        Args:
+            scope: ``edge`` or ``cloud``.
+            updates: what arrived.
+
+        Returns:
+            The merged adapters, or None when no update is left.
+        """
+        trainer = self._module.trainer
+        for callback in trainer.callbacks:
+            hook = getattr(callback, "on_before_aggregate", None)
+            if hook is not None:
+                updates = hook(trainer, scope, updates)
+        updates = [update for update in updates if update.weight > 0]
+        if not updates:
+            return None
+        merge = AGGREGATORS[self.aggregator]
+        return merge([update.adapters for update in updates], [update.weight for update in updates])
+
+
+def _check_device(setting: str, name: str) -> None:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"{setting} must be a torch device such as cpu or cuda:0; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"{setting} must be on cpu or cuda; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"{setting}={name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+
+
+def refuse_unsupported(trainer: "pl.Trainer") -> None:
+    """Refuse Trainer settings that the rounds cannot honour, with the reason."""
+    refused = []
+    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
+        refused.append(
+            f"precision={trainer.precision}: use 32-true or bf16-mixed; fp16 would need one gradient scaler across"
+            " processes, and true low precision would lose the averages' small differences"
+        )
+    if trainer.max_steps != -1:
+        refused.append("max_steps: a run ends with a round, so set max_epochs (global rounds)")
+    if trainer.limit_train_batches not in (None, 1.0):
+        refused.append("limit_train_batches: the strategy's local_steps and edge_rounds set the batches of a round")
+    if trainer.val_check_interval not in (None, 1.0):
+        refused.append("val_check_interval: inside a round there is no global model; use check_val_every_n_epoch")
+    if trainer.gradient_clip_val is not None:
+        refused.append("gradient_clip_val: the bound spans three processes; use model.gradient_clip_val")
+    if trainer.accumulate_grad_batches != 1:
+        refused.append("accumulate_grad_batches: batches accumulate per client; use model.accumulate_grad_batches")
+    if refused:
+        raise ConfigurationError("these settings of the trainer do not fit rounds: " + "; ".join(refused))

@@ -1,0 +1,364 @@
+"""The module that a user gives to the Trainer: the whole model, composed of its tiers.
+
+It owns the *global adapters*, which are all that training changes and all that a checkpoint holds. The tiers that use
+them live with the processes that run them; the strategy places those, and this module says how they are made.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.pytorch.trainer.states import TrainerFn
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric, Metric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from transformers import get_scheduler
+
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.lora import LoraSettings, add_lora
+from elsa_pl.models import Task, load_model
+from elsa_pl.partition import Part, SplitPlan, check_cut, cut, num_blocks, replicate
+from elsa_pl.rpc.messages import RoundReport
+from elsa_pl.tiers.client import Clipping
+from elsa_pl.tiers.front import FrontModule
+from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.tail import TailModule
+
+OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
+
+
+def adamw(parameters: list[nn.Parameter]) -> Optimizer:
+    """The default optimizer: AdamW at 1e-3, a usual rate for LoRA on small encoders."""
+    return torch.optim.AdamW(parameters, lr=1e-3)
+
+
+class SplitModel(L.LightningModule):
+    """A language model cut into front, middle and tail per client, fine-tuned with LoRA.
+
+    Args:
+        model: ``bundled:all-MiniLM-L6-v2``, a folder, or a hub id; None with ``model_config``.
+        model_config: configuration of a model with random weights, such as ``{"model_type": "llama", ...}``.
+        task: what the head does.
+        plan: how many blocks front, middle and tail hold.
+        client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
+        lora: rank, alpha, dropout and target modules of the adapters.
+        optimizer: builds each tier's optimizer.
+        lr_schedule: factor on the learning rate over the whole run.
+        warmup_fraction: part of the run in which the rate rises from 0.
+        gradient_clip_val: bound on each step's gradients; None for no bound. (The Trainer's setting of this name works
+            with automatic optimization only.)
+        gradient_clip_algorithm: what is bounded: the norm over all three parts, or each element.
+        accumulate_grad_batches: batches whose gradients make one step.
+        seed: of initial adapters, dropout and client sampling.
+    """
+
+    def __init__(
+        self,
+        model: str | None = "bundled:all-MiniLM-L6-v2",
+        model_config: dict[str, Any] | None = None,
+        *,
+        task: Task = "classification",
+        plan: SplitPlan = SplitPlan(),  # noqa: B008  # frozen
+        client_plans: dict[str, SplitPlan] | None = None,
+        lora: LoraSettings = LoraSettings(),  # noqa: B008  # frozen
+        optimizer: OptimizerFactory = adamw,
+        lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
+        warmup_fraction: float = 0.0,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: Literal["norm", "value"] = "norm",
+        accumulate_grad_batches: int = 1,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if (model is None) == (model_config is None):
+            raise ConfigurationError("give either model (pretrained weights) or model_config (random weights)")
+        if accumulate_grad_batches < 1:
+            raise ConfigurationError(f"accumulate_grad_batches must be at least 1; got {accumulate_grad_batches}")
+        if gradient_clip_val is not None and gradient_clip_val <= 0:
+            raise ConfigurationError(f"gradient_clip_val must be above 0 or null; got {gradient_clip_val}")
+        if not 0 <= warmup_fraction <= 1:
+            raise ConfigurationError(f"warmup_fraction must be in [0, 1]; got {warmup_fraction}")
+        self.automatic_optimization = False
+        self.model_name, self.model_config, self.task = model, model_config, task
+        self.plan, self.client_plans = plan, client_plans or {}
+        self.lora, self.make_optimizer = lora, optimizer
+        self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
+        self.clipping = Clipping(
+            norm=gradient_clip_val if gradient_clip_algorithm == "norm" else None,
+            value=gradient_clip_val if gradient_clip_algorithm == "value" else None,
+        )
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.seed = seed
+        self.num_labels: int | None = None
+        self.num_rounds = 0
+        self.num_bytes: Counter[str] = Counter()
+        self.seconds: Counter[str] = Counter()
+        self._base: PeftModel | None = None
+        self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
+        self._metrics: dict[str, dict[str, Metric | MetricCollection]] = {}
+
+    # ---- the model and its parts ---------------------------------------------------------------------------------
+
+    def build(self) -> PeftModel:
+        """The uncut model with the initial adapters: a function of the settings and the seed alone."""
+        base = load_model(
+            self.model_name, self.model_config, self.task, self.num_labels, seed=derive_seed(self.seed, "model")
+        )
+        return add_lora(base, self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
+
+    def prepare(self, num_labels: int | None) -> None:
+        """Build the model and check every cut before any process starts: what is wrong here is wrong everywhere.
+
+        Raises:
+            ValueError: an unknown model, or a cut that does not fit it (`UnsupportedModelError`: no cut fits).
+        """
+        self.num_labels = num_labels
+        self._base = self.build()
+        for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
+            check_cut(self._base, plan)
+
+    def check_vocabulary(self, tokenizer_size: int) -> None:
+        """Refuse a tokenizer whose ids the embeddings do not have.
+
+        Raises:
+            ConfigurationError: with both sizes.
+        """
+        assert self._base is not None
+        config: Any = self._base.get_base_model().config
+        size = int(config.get_text_config().vocab_size)
+        if tokenizer_size > size:
+            raise ConfigurationError(
+                f"the tokenizer has {tokenizer_size} tokens and the model embeds {size}: set data.tokenizer to the"
+                " model's own, or raise vocab_size in model_config"
+            )
+
+    def setup(self, stage: str) -> None:
+        if self.num_labels is None and self.task == "classification":
+            self.num_labels = self.trainer.datamodule.num_labels  # type: ignore[attr-defined]  # set by the Trainer
+        if stage in ("fit", "validate"):
+            self._metrics["val"] = self._make_metrics()
+        if stage == "test":
+            self._metrics["test"] = self._make_metrics()
+
+    def configure_model(self) -> None:
+        if hasattr(self, "adapters"):
+            return
+        if self._base is None:
+            if self.trainer.is_global_zero:
+                self.prepare(self.num_labels)
+            else:
+                self._base = self.build()
+        assert self._base is not None
+        plan = self.plan.resolve(num_blocks(self._base))
+        self.adapters = ParameterTree(_adapters_of(self._parts_for(plan)))
+
+    def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
+        if plan not in self._parts:
+            assert self._base is not None, "parts are made before the base model is forgotten"
+            self._parts[plan] = cut(self._base, plan)
+        return self._parts[plan]
+
+    def plan_of(self, client: str) -> SplitPlan:
+        """The plan of a client, with its middle filled in."""
+        assert self._base is not None
+        return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
+
+    def make_ends(self, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
+        """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
+        front, _, tail = self._parts_for(plan)
+        shared = (self.make_optimizer, self.trainer.precision_plugin.forward_context, device)
+        return FrontModule(replicate(front), *shared), TailModule(replicate(tail), *shared)
+
+    def make_middle(self, plan: SplitPlan, device: torch.device) -> MiddleModule:
+        """A client's session at its edge."""
+        _, middle, _ = self._parts_for(plan)
+        return MiddleModule(
+            replicate(middle), self.make_optimizer, self.trainer.precision_plugin.forward_context, device
+        )
+
+    def forget_base_model(self) -> None:
+        """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
+        self._base = None
+        self._parts = {}
+
+    def global_adapters(self) -> dict[str, Tensor]:
+        """The global adapters, by global layer name (not copies)."""
+        return {name: value.detach() for name, value in self.adapters.items()}
+
+    def load_global_adapters(self, adapters: Mapping[str, Tensor]) -> None:
+        """Copy ``adapters`` into the module's own, after a mean or from the cloud."""
+        with torch.no_grad():
+            for name, value in self.adapters.items():
+                value.copy_(adapters[name])
+
+    # ---- training ------------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """An optimizer that counts steps and carries the schedule; the tiers' own optimizers change the weights."""
+        optimizer = self.make_optimizer(list(self.adapters.parameters()))
+        total = (self.trainer.max_epochs or 1) * self._strategy.steps_per_round
+        scheduler = get_scheduler(
+            self.lr_schedule,
+            optimizer,
+            num_warmup_steps=round(self.warmup_fraction * total),
+            num_training_steps=total,
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _strategy(self) -> Any:
+        return self.trainer.strategy
+
+    def on_train_epoch_start(self) -> None:
+        if self._strategy.reset_optimizer:
+            self._strategy.rounds.reset_optimizers()
+
+    def training_step(self, batch: dict[str, list[dict[str, Tensor]]], batch_idx: int) -> None:
+        """One local step of each client in ``batch``."""
+        scheduler: Any = self.lr_schedulers()
+        factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
+        self._strategy.rounds.run_steps(batch, (self.seed, self.current_epoch, batch_idx), factor, self.clipping)
+        optimizer: Any = self.optimizers()
+        optimizer.step()  # no gradients: it counts the step, which ModelCheckpoint and loggers go by
+        scheduler.step()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        strategy = self._strategy
+        if (batch_idx + 1) % strategy.local_steps:
+            return
+        last = batch_idx + 1 == strategy.steps_per_round
+        strategy.finish_edge_round(self.current_epoch, batch_idx // strategy.local_steps, last=last)
+        if last:
+            self._log_round(list(strategy.world.exchange(strategy.rounds.take_report()).values()))
+
+    def _log_round(self, reports: list[RoundReport]) -> None:
+        """Log sums over all processes, so that every rank has the same metrics to monitor."""
+        num_bytes: Counter[str] = Counter()
+        seconds: Counter[str] = Counter()
+        for report in reports:
+            num_bytes.update(report.num_bytes)
+            seconds |= Counter(report.seconds)  # processes work at the same time: the slowest counts
+        self.num_rounds += 1
+        self.num_bytes.update(num_bytes)
+        self.seconds.update(seconds)
+        examples = sum(report.num_examples for report in reports)
+        values = {f"bytes/{name}": float(value) for name, value in num_bytes.items()}
+        values |= {f"seconds/{name}": value for name, value in seconds.items()}
+        values["clients_lost"] = float(sum(len(report.lost) for report in reports))
+        if examples:
+            values["train_loss"] = sum(report.loss_sum for report in reports) / examples
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elsa_totals"] = {
+            "num_rounds": self.num_rounds,
+            "num_bytes": dict(self.num_bytes),
+            "seconds": dict(self.seconds),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.trainer.state.fn != TrainerFn.FITTING:  # testing an earlier round does not undo the later ones
+            return
+        totals = checkpoint["elsa_totals"]
+        self.num_rounds = totals["num_rounds"]
+        self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
+
+    # ---- evaluation of the global model, through the pipeline -------------------------------------------------------
+
+    def _make_metrics(self) -> dict[str, Metric | MetricCollection]:
+        strategy = self._strategy
+        # A site's F1 needs its counts by label, which stay at the site (see _summarise); sums of losses may leave.
+        own: dict[str, Any] = {"distributed_available_fn": lambda: False}
+        shared: dict[str, Any] = {
+            "dist_sync_fn": strategy.gather,
+            "distributed_available_fn": lambda: strategy.world_size > 1,
+        }
+        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(**shared)}
+        if self.task == "classification":
+            assert self.num_labels is not None
+            counts = own if strategy.layout == "site" else shared
+            metrics["scores"] = MetricCollection(
+                {
+                    "accuracy": MulticlassAccuracy(self.num_labels, average="micro", **counts),
+                    "f1": MulticlassF1Score(self.num_labels, average="macro", **counts),
+                }
+            )
+        return metrics
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self._evaluate("test", batch, batch_idx)
+
+    def _evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
+        if not batch:  # this process holds no evaluation data
+            return
+        output = self._strategy.rounds.evaluate(batch, batch_idx)
+        labels = batch["labels"]
+        count = int((labels[:, 1:] != -100).sum()) if self.task == "causal_lm" else len(labels)
+        metrics = self._metrics[stage]
+        metrics["loss"].update(output.loss.float().cpu(), weight=count)
+        if "scores" in metrics:
+            metrics["scores"].update(output.logits.float().cpu(), labels)
+
+    def on_validation_epoch_end(self) -> None:
+        self._summarise("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._summarise("test")
+
+    def _summarise(self, stage: str) -> None:
+        metrics = self._metrics[stage]
+        loss: Any = metrics["loss"]
+        local_weight = float(loss.weight)  # before compute(), which sums over all processes
+        values: dict[str, Any] = {"loss": loss.compute()}
+        if "scores" in metrics:
+            values.update(metrics["scores"].compute())
+            if self._strategy.layout == "site":
+                names = [name for name in values if name != "loss"]
+                mine = torch.stack([values[name] * local_weight for name in names] + [torch.tensor(local_weight)])
+                summed = torch.stack(self._strategy.gather(mine.nan_to_num())).sum(0)
+                values.update({name: summed[index] / summed[-1] for index, name in enumerate(names)})
+        if self.task == "causal_lm":
+            values["perplexity"] = values["loss"].exp()
+        for metric in metrics.values():
+            metric.reset()
+        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
+
+
+class ParameterTree(nn.Module):
+    """Parameters under dotted names, as nested modules: a module may not register a name with a dot in it.
+
+    Args:
+        tensors: initial values by name; they are copied.
+
+    Example:
+        >>> tree = ParameterTree({"a.b": torch.zeros(1), "a.c": torch.ones(1)})
+        >>> list(tree.state_dict())
+        ['a.b', 'a.c']
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        for name, value in tensors.items():
+            *path, leaf = name.split(".")
+            module: nn.Module = self
+            for step in path:
+                if step not in module._modules:
+                    module.add_module(step, nn.Module())
+                module = module.get_submodule(step)
+            module.register_parameter(leaf, nn.Parameter(value.detach().clone()))
+
+    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Dotted names and parameters."""
+        return self.named_parameters()
+
+
+def _adapters_of(parts: tuple[Part, Part, Part]) -> dict[str, Tensor]:
+    return {name: value for part in parts for name, value in part.adapters().items()}

@@ -1,0 +1,25 @@
+"""The last part, on the client: the last blocks, the norm and the head. Labels and logits stay here."""
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers.utils import ModelOutput
+
+from elsa_pl.tiers.tier import Tier
+
+
+class TailModule(Tier):
+    """Hidden states in, logits out, and the loss where the batch has labels."""
+
+    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> ModelOutput:
+        """Return the model's own output.
+
+        Args:
+            hidden: (B, T, D), from the middle.
+            batch: ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B,) or (B, T).
+
+        Returns:
+            With ``logits``, and ``loss`` if there are labels.
+        """
+        out: ModelOutput = self.part(batch, hidden)
+        return out

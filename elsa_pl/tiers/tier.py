@@ -1,0 +1,124 @@
+"""What front, middle and tail have in common: adapters, an optimizer of their own, and how they compute.
+
+A tier is one client's replica of one part of the model. It runs in threads (a client's own, or one that serves RPC),
+and autocast, grad mode and dropout draws are thread-local, so each computation enters them itself: without that,
+bf16 would be ignored in silence, validation would build graphs and dropout would depend on scheduling.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from elsa_pl.lora import dropout_key
+from elsa_pl.partition import Part
+
+OptimizerFactory = Callable[[list[torch.nn.Parameter]], Optimizer]
+PrecisionContext = Callable[[], AbstractContextManager[object]]
+
+# (seed, round, client, step, micro-batch): where a draw stands in the run. None means evaluation.
+StepKey = tuple[int | str, ...] | None
+
+
+class Tier(L.LightningModule):
+    """One part of the model for one client, with the optimizer of its adapters.
+
+    Args:
+        part: a replica whose adapters belong to this client alone.
+        make_optimizer: builds the optimizer from a list of parameters.
+        precision: enters the precision of the run, for example autocast to bf16.
+        device: where the part computes.
+    """
+
+    def __init__(
+        self,
+        part: Part,
+        make_optimizer: OptimizerFactory,
+        precision: PrecisionContext = nullcontext,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.part = part.to(device)
+        self._compute_device = torch.device(device)
+        self._make_optimizer = make_optimizer
+        self._precision = precision
+        self._trained = list(part.adapters().values())
+        self._pending: list[Tensor | None] = [None] * len(self._trained)
+        self.reset_optimizer()
+
+    def reset_optimizer(self) -> None:
+        """Forget the optimizer's state, as at the start of a global round."""
+        self._optimizer = self._make_optimizer(self._trained) if self._trained else None
+        self._initial_lrs = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
+
+    @contextmanager
+    def computing(self, key: StepKey) -> Iterator[None]:
+        """Enter precision, grad mode and dropout draws for this thread; ``key=None`` is evaluation."""
+        training = key is not None
+        if self.part.training != training:
+            self.part.train(training)
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(training))
+            stack.enter_context(self._precision())
+            if key is not None:
+                stack.enter_context(dropout_key(*key))
+            yield
+
+    def collect_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Add the gradients of one backward pass to those of the step.
+
+        Args:
+            gradients: parameter to gradient, as `torch.distributed.autograd.get_gradients` returns them.
+        """
+        for index, parameter in enumerate(self._trained):
+            gradient = gradients.get(parameter)
+            if gradient is not None:
+                before = self._pending[index]
+                # the context frees its gradients with itself, so a sum of our own is what stays
+                self._pending[index] = gradient.clone() if before is None else before + gradient
+
+    def gradient_norms(self) -> list[float]:
+        """Euclidean norms of the collected gradients, one for each adapter that has one."""
+        gradients = [gradient for gradient in self._pending if gradient is not None]
+        if not gradients:
+            return []
+        norms: list[float] = torch.stack(torch._foreach_norm(gradients)).tolist()
+        return norms
+
+    def step_optimizer(self, lr_factor: float, scale: float = 1.0, clip_value: float | None = None) -> None:
+        """Step the optimizer with the collected gradients, and forget them.
+
+        Args:
+            lr_factor: the schedule's factor on the initial learning rates.
+            scale: factor on all gradients (clipping by norm).
+            clip_value: bound on each element (clipping by value).
+        """
+        if self._optimizer is None:
+            return
+        for parameter, gradient in zip(self._trained, self._pending, strict=True):
+            if gradient is not None and scale != 1.0:
+                gradient = gradient * scale
+            if gradient is not None and clip_value is not None:
+                gradient = gradient.clamp(-clip_value, clip_value)
+            parameter.grad = gradient
+        for group, initial in zip(self._optimizer.param_groups, self._initial_lrs, strict=True):
+            group["lr"] = initial * lr_factor
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._pending = [None] * len(self._trained)
+
+    def adapters(self) -> dict[str, Tensor]:
+        """Copies of the adapters on the CPU, by global layer name."""
+        return {name: value.detach().cpu().clone() for name, value in self.part.adapters().items()}
+
+    def load(self, adapters: Mapping[str, Tensor]) -> None:
+        """Take over those of ``adapters`` that this part has; a missing one is an error.
+
+        Raises:
+            KeyError: an adapter of this part is not among them.
+        """
+        self.part.load_adapters(adapters)

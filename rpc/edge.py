@@ -1,0 +1,112 @@
+"""What an edge server offers to its clients: forward passes of their sessions, optimizer steps, and a board.
+
+The backward pass needs no method: remote autograd runs it along the recorded messages.
+"""
+
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+import torch.distributed.autograd as dist_autograd
+from torch import Tensor
+
+from elsa_pl.rpc.board import Board
+from elsa_pl.rpc.remote import exposed
+
+
+class Session(Protocol):
+    """A client's middle, as the edge uses it (see `elsa_pl.tiers.middle.MiddleModule`)."""
+
+    def __call__(self, hidden: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def computing(self, key: tuple[int | str, ...] | None) -> AbstractContextManager[None]: ...
+    def collect_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None: ...
+    def gradient_norms(self) -> list[float]: ...
+    def step_optimizer(self, lr_factor: float, scale: float, clip_value: float | None) -> None: ...
+    def adapters(self) -> dict[str, Tensor]: ...
+    def load(self, adapters: Mapping[str, Tensor]) -> None: ...
+    def reset_optimizer(self) -> None: ...
+
+
+class EdgeService:
+    """One edge server.
+
+    Args:
+        name: edge name, under which it is served.
+        sessions: the middle of each of its clients.
+        device: where the middles compute.
+        device_to_device: clients send CUDA tensors straight to this edge's device (device maps are set).
+    """
+
+    def __init__(
+        self, name: str, sessions: dict[str, Any], device: torch.device, *, device_to_device: bool = False
+    ) -> None:
+        self.name = name
+        self.sessions: dict[str, Session] = sessions
+        self.board = Board(name)
+        self._mean: tuple[Any, dict[str, Tensor] | None] = (None, None)
+        self._waiting: list[tuple[Any, tuple[str, ...], torch.futures.Future[Any]]] = []
+        self._mean_lock = threading.Lock()
+        self._device = device
+        self._wire = device if device_to_device else torch.device("cpu")
+
+    @exposed
+    def forward(self, client: str, hidden: Tensor, attention_mask: Tensor, key: tuple[int | str, ...] | None) -> Tensor:
+        """Run a client's middle.
+
+        Args:
+            client: whose session.
+            hidden: (B, T, D).
+            attention_mask: (B, T), bool.
+            key: place of the step in the run, for dropout draws; None for evaluation.
+
+        Returns:
+            (B, T, D); inside a remote autograd context it carries gradients back.
+        """
+        session = self.sessions[client]
+        with session.computing(key):
+            out = session(hidden.to(self._device), attention_mask.to(self._device, torch.long))
+            return out.to(self._wire)
+
+    @exposed
+    def collect(self, client: str, context_id: int) -> list[float]:
+        """Take over the gradients of a finished backward pass; returns the norms of all collected so far."""
+        session = self.sessions[client]
+        session.collect_gradients(dist_autograd.get_gradients(context_id))
+        return session.gradient_norms()
+
+    @exposed
+    def step_optimizer(self, client: str, lr_factor: float, scale: float, clip_value: float | None) -> None:
+        """Step the optimizer of a client's session with the collected gradients."""
+        self.sessions[client].step_optimizer(lr_factor, scale, clip_value)
+
+    @exposed
+    def collect_and_step(self, client: str, context_id: int, lr_factor: float, clip_value: float | None) -> None:
+        """Both in one call, for a step of one micro-batch without clipping by norm."""
+        session = self.sessions[client]
+        session.collect_gradients(dist_autograd.get_gradients(context_id))
+        session.step_optimizer(lr_factor, 1.0, clip_value)
+
+    @exposed
+    def mean(self, key: Any, names: tuple[str, ...]) -> Any:
+        """Answer, later, with this edge's mean of the round ``key``: the named adapters, or None without any update."""
+        answer: torch.futures.Future[Any] = torch.futures.Future()
+        with self._mean_lock:
+            self._waiting.append((key, names, answer))
+        self._answer()
+        return answer
+
+    def publish_mean(self, key: Any, mean: dict[str, Tensor] | None) -> None:
+        """Make the mean of the round ``key`` known; it replaces the one before."""
+        with self._mean_lock:
+            self._mean = (key, mean)
+        self._answer()
+
+    def _answer(self) -> None:
+        with self._mean_lock:
+            known, mean = self._mean
+            ready = [waiting for waiting in self._waiting if waiting[0] == known]
+            self._waiting = [waiting for waiting in self._waiting if waiting[0] != known]
+        for _, names, answer in ready:
+            answer.set_result(None if mean is None else {name: mean[name] for name in names})

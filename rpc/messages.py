@@ -1,0 +1,84 @@
+"""Everything that crosses RPC besides plain numbers, strings and tensors.
+
+Frozen dataclasses of tensors and plain values only: the receiving end unpickles nothing else (see
+`elsa_pl.rpc.unpickling`), and a type that is listed here is a decision that its contents may leave a process.
+Labels, token ids, logits and texts have no place in any of them.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+Role = Literal["cloud", "edge", "host"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One process of a run.
+
+    Attributes:
+        name: RPC name; a host's name is also its client's name in the ``site`` layout.
+        role: what the process is for.
+        rank: its number in the RPC world.
+    """
+
+    name: str
+    role: Role
+    rank: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """Adapters offered to a mean, with their weight in it.
+
+    Attributes:
+        sender: client name (for an edge's mean) or edge name (for the cloud's).
+        weight: weight in the mean; the number of training examples behind the adapters.
+        adapters: tensors by global layer name.
+    """
+
+    sender: str
+    weight: float
+    adapters: dict[str, Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Payload size of the adapters in bytes."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.adapters.values())
+
+
+@dataclass(frozen=True)
+class RoundReport:
+    """What a process tells the others about its clients after a global round: sums, never single examples.
+
+    Attributes:
+        loss_sum: training loss times examples, summed over the clients' steps.
+        num_examples: examples seen in those steps.
+        num_steps: client steps.
+        seconds: wall time in the local steps and in aggregation, in seconds, by phase.
+        num_bytes: payload bytes sent, by ``link/direction``.
+        lost: clients that this process gave up on.
+    """
+
+    loss_sum: float = 0.0
+    num_examples: int = 0
+    num_steps: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    num_bytes: dict[str, int] = field(default_factory=dict)
+    lost: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception on the far side, as text: exception classes do not travel.
+
+    Attributes:
+        kind: class name of the exception.
+        message: its text.
+        trace: formatted traceback, for the log.
+    """
+
+    kind: str
+    message: str
+    trace: str
