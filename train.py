@@ -27,7 +27,7 @@ import sys
 # Read when torch is loaded. Below errors, its C++ side repeats for the rest of a run that a peer is gone.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
-from elsa_pl.cli import main  # noqa: E402
+from elsa_pl.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

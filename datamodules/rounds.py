@@ -14,7 +14,7 @@ EvalSplit = Literal["validation", "test"]
 class Federation(Protocol):
     """What the data module asks of the strategy.
 
-    Only ``own_client`` and ``holds_data`` must be known when ``setup`` runs; the rest is read when a loader is iterated.
+    ``setup`` reads only ``own_client`` and ``holds_data``; the loaders read the rest when they are iterated.
     """
 
     own_client: str | None

@@ -21,9 +21,10 @@ from types import FrameType
 from typing import Any
 
 import torch
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from elsa_pl.callbacks import RoundProgress
 from elsa_pl.datamodules import FederatedTextDataModule
@@ -41,6 +42,20 @@ _EXPECTED_WARNINGS = (
     r"Experiment logs directory .* exists and is not empty",  # the other processes' logs lie there already
     r"The ``compute`` method of metric .* was called before the ``update``",  # a process without evaluation data
 )
+
+
+class SaveGivenConfig(SaveConfigCallback):
+    """Saves the settings without what was filled in for this one run, so that they can start another.
+
+    Args:
+        parser: the command's parser.
+        config: the settings as this run uses them.
+        given: the settings to save.
+        kwargs: see Lightning's callback.
+    """
+
+    def __init__(self, parser: LightningArgumentParser, config: Namespace, given: Namespace, **kwargs: Any) -> None:
+        super().__init__(parser, given, **kwargs)
 
 
 class ElsaCLI(LightningCLI):
@@ -81,8 +96,9 @@ class ElsaCLI(LightningCLI):
                 f"trainer.precision={config.trainer.precision} would need one gradient scaler across processes: use"
                 " 32-true or bf16-mixed"
             )
-        name = config.name or (Path(str(config.config[0])).stem if config.get("config") else "run")
-        self.run_dir = _new_folder(Path(config.output_dir) / name)
+        config.name = config.name or (Path(str(config.config[0])).stem if config.get("config") else "run")
+        self.run_dir = _new_folder(Path(config.output_dir) / config.name)
+        self.save_config_kwargs = {**self.save_config_kwargs, "given": config.clone()}
         seed = config.seed_everything
         config.model.seed = config.data.seed = int(seed)
         config.data.task = config.model.task
@@ -278,6 +294,8 @@ def main(args: Sequence[str] | None = None) -> int:
                 FederatedTextDataModule,
                 args=None if args is None else launcher.arguments,
                 seed_everything_default=0,
+                auto_configure_optimizers=False,  # model.optimizer is made for each tier
+                save_config_callback=SaveGivenConfig,
                 save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "accelerator": "cpu",

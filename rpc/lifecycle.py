@@ -15,7 +15,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch.distributed as dist
 from torch.distributed import rpc
@@ -168,7 +168,7 @@ def start(
         num_worker_threads=num_threads,
         rpc_timeout=timeout_s,
         init_method="elsa://",
-        device_maps=dict(device_maps or {}),
+        device_maps=cast(Any, device_maps or {}),
         _transports=["uv"] if transport == "uv" else None,
         # CUDA tensors need channels of their own, which TensorPipe then chooses by itself
         _channels=["basic"] if transport == "uv" and not device_maps else None,
@@ -180,7 +180,7 @@ def start(
         warnings.filterwarnings("ignore", message="You are using a Backend", category=UserWarning)
         # It prefixes keys with the number of its starts in this process, which a second run's fresh children do not
         # share: they would wait for each other for ever. Our store is a new one for each run and needs no prefix.
-        rpc._init_counter = 0  # type: ignore[attr-defined]  # private, hence not in torch's stubs
+        rpc._init_counter = 0
         rpc.init_rpc(name, rank=address.rank, world_size=address.world_size, rpc_backend_options=options)
 
 

@@ -409,6 +409,7 @@ class HierarchicalStrategy(ParallelStrategy):
             self._module.load_global_adapters(mean)
         if last:
             self.publish()
+            self.rounds.count_published(self._module.global_adapters())
 
     def aggregate(self, scope: Scope, updates: list[Update]) -> dict[str, Tensor] | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.

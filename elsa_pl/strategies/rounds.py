@@ -89,8 +89,15 @@ class Rounds:
         """Everything in this process takes over the global adapters."""
         for tier in [*self.clients.values(), *self._sessions()]:
             tier.load(adapters)
-        if self.world.role == "cloud":
-            self._traffic["adapters/down"] += num_bytes(adapters) * len(self.world.others)
+
+    def count_published(self, adapters: Mapping[str, Tensor]) -> None:
+        """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
+
+        A process receives them once for all that it runs, so that counts do not depend on the layout.
+        """
+        self._traffic["adapters/down"] += num_bytes(adapters) * len(self.edges)
+        for client in self.clients.values():
+            self._traffic["adapters/down"] += num_bytes(client.adapters())
 
     def reset_optimizers(self) -> None:
         """Forget all optimizer states of this process."""
