@@ -6,7 +6,6 @@ errors into one line, and a signal into an orderly end with an exit code that sa
 
 import logging
 import os
-import pickle
 import re
 import signal
 import sys
@@ -31,7 +30,7 @@ from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.errors import ConfigurationError, ElsaError, RunFailed
 from elsa_pl.export import export_adapter, summarise, write_summary
 from elsa_pl.strategies import HierarchicalStrategy, launcher
-from elsa_pl.strategies.hierarchical import refuse_unsupported
+from elsa_pl.strategies.checks import refuse_unsupported
 from elsa_pl.tiers import SplitModel
 
 log = logging.getLogger(__name__)
@@ -72,8 +71,10 @@ class ElsaCLI(LightningCLI):
         """Add our own settings, and the callbacks that every run has."""
         parser.add_argument("--name", type=str | None, help="name of the run; default: the config file's")
         parser.add_argument("--output_dir", type=str, default="runs", help="runs lie in OUTPUT_DIR/NAME/TIME")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("model.task", "data.task")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.set_defaults({"checkpoint.save_last": True})
         parser.add_lightning_class_args(RoundProgress, "progress")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -83,7 +84,7 @@ class ElsaCLI(LightningCLI):
         if path is not None and Path(path).is_file():
             try:
                 found = torch.load(path, weights_only=True, map_location="cpu")
-            except (RuntimeError, ValueError, EOFError, pickle.UnpicklingError):
+            except Exception:  # whatever the bytes make it raise
                 found = None
             if not isinstance(found, dict) or "elsa_totals" not in found:
                 raise ConfigurationError(f"ckpt_path must be a checkpoint of an earlier run; {path!r} is none")
@@ -99,9 +100,6 @@ class ElsaCLI(LightningCLI):
         config.name = config.name or (Path(str(config.config[0])).stem if config.get("config") else "run")
         self.run_dir = _new_folder(Path(config.output_dir) / config.name)
         self.save_config_kwargs = {**self.save_config_kwargs, "given": config.clone()}
-        seed = config.seed_everything
-        config.model.seed = config.data.seed = int(seed)
-        config.data.task = config.model.task
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.model
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run_dir / "checkpoints")
@@ -124,6 +122,12 @@ class ElsaCLI(LightningCLI):
             )
         strategy.log_dir = self.run_dir
         ElsaCLI.running = strategy
+        # Not save_last: Lightning writes that only together with a better model, and a run that was stopped would lose
+        # the rounds since.
+        dirpath = self.config[self.subcommand].checkpoint.dirpath
+        self.trainer.callbacks.append(
+            ModelCheckpoint(dirpath, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
+        )
 
     @property
     def _checks(self) -> bool:

@@ -65,7 +65,8 @@ class Monitor(threading.Thread):
                 try:
                     call.wait()
                 except RemoteError as error:
-                    self._give_up(worker, error)
+                    if not error.kind:  # an error of its own is an answer too
+                        self._give_up(worker, error)
             if not self._stopped.is_set():
                 self._on_tick()
 

@@ -191,17 +191,24 @@ class World:
         end_soon(reason)
 
     def leave(self, *, success: bool) -> None:
-        """End RPC here. Safe to call twice."""
+        """End RPC here, after success together with the others. Safe to call twice."""
+        together = success and not self.board.lost
+        if self.members and together:
+            try:
+                self.exchange(None)  # nobody leaves while somebody still watches or works
+            except RunFailed as error:
+                log.warning("the others did not come to the end: %s", error)
+                together = False
         if self._monitor is not None:
             self._monitor.stop()
             self._monitor = None
+        if self.members:
+            lifecycle.stop(graceful=together)
+            self.members = []
         if self._serving:
             for service in (*self._boards, "pulse"):
                 remote.withdraw(service)
             self._serving = False
-        if self.members:
-            lifecycle.stop(graceful=success and not self.board.lost)
-            self.members = []
         if self._set_interface:
             os.environ.pop(_INTERFACE, None)
             self._set_interface = False

@@ -24,6 +24,7 @@ from elsa_pl.rpc.lifecycle import Address, Transport
 from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import topology as places
+from elsa_pl.strategies.checks import check_device, refuse_unsupported
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
 from elsa_pl.strategies.rounds import Rounds, Scope
@@ -115,7 +116,7 @@ class HierarchicalStrategy(ParallelStrategy):
         if layout != "site" and (role is not None or name is not None):
             raise ConfigurationError(f"role and name belong to layout 'site'; got layout={layout!r}: leave them out")
         for setting, device in (("client_device", client_device), ("edge_device", edge_device)):
-            _check_device(setting, device)
+            check_device(setting, device)
         self.layout: Layout = layout
         self.num_edges, self.num_hosts = num_edges, num_hosts
         self.edge_rounds, self.local_steps, self.participation = edge_rounds, local_steps, participation
@@ -164,6 +165,8 @@ class HierarchicalStrategy(ParallelStrategy):
         )
         cast(RoleEnvironment, self.cluster_environment).place(world.rank, len(world.members))
         rank_zero_only.rank = world.rank  # type: ignore[attr-defined]  # Lightning sets it in the same way
+        if self.layout == "site":
+            places.sites(world.members, self._edge_of)  # refuses what does not fit before anything is written
 
     def _launch(self) -> Address:
         names = [name for name, _ in self._layout_processes()]
@@ -433,38 +436,3 @@ class HierarchicalStrategy(ParallelStrategy):
             return None
         merge = AGGREGATORS[self.aggregator]
         return merge([update.adapters for update in updates], [update.weight for update in updates])
-
-
-def _check_device(setting: str, name: str) -> None:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigurationError(f"{setting} must be a torch device such as cpu or cuda:0; got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigurationError(f"{setting} must be on cpu or cuda; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigurationError(
-            f"{setting}={name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
-        )
-
-
-def refuse_unsupported(trainer: "pl.Trainer") -> None:
-    """Refuse Trainer settings that the rounds cannot honour, with the reason."""
-    refused = []
-    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
-        refused.append(
-            f"precision={trainer.precision}: use 32-true or bf16-mixed; fp16 would need one gradient scaler across"
-            " processes, and true low precision would lose the averages' small differences"
-        )
-    if trainer.max_steps != -1:
-        refused.append("max_steps: a run ends with a round, so set max_epochs (global rounds)")
-    if trainer.limit_train_batches not in (None, 1.0):
-        refused.append("limit_train_batches: the strategy's local_steps and edge_rounds set the batches of a round")
-    if trainer.val_check_interval not in (None, 1.0):
-        refused.append("val_check_interval: inside a round there is no global model; use check_val_every_n_epoch")
-    if trainer.gradient_clip_val is not None:
-        refused.append("gradient_clip_val: the bound spans three processes; use model.gradient_clip_val")
-    if trainer.accumulate_grad_batches != 1:
-        refused.append("accumulate_grad_batches: batches accumulate per client; use model.accumulate_grad_batches")
-    if refused:
-        raise ConfigurationError("these settings of the trainer do not fit rounds: " + "; ".join(refused))

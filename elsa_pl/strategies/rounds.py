@@ -210,9 +210,9 @@ class Rounds:
             for session in edge.sessions.values():
                 session.load(mean)
         edge.publish_mean(key, mean)
-        if last and mean is not None:
-            update = Update(edge.name, sum(update.weight for update in updates), mean)
-            self._traffic["adapters/up"] += num_bytes(mean)
+        if last:  # also without a mean, so that the cloud does not wait for it
+            update = None if mean is None else Update(edge.name, sum(update.weight for update in updates), mean)
+            self._traffic["adapters/up"] += num_bytes(mean or {})
             timeout_s = self.world.call_timeout_s
             remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, update, timeout_s=timeout_s)
 
@@ -243,7 +243,8 @@ class Rounds:
     def _aggregate_cloud(self, key: tuple[int, int], participants: frozenset[str]) -> dict[str, Tensor]:
         expected = [edge for edge in self.topology.edges if participants & set(self.topology.clients_of(edge))]
         timeout_s = self.world.round_timeout_s + self.world.call_timeout_s
-        received = self.world.board.collect(("edges", *key), expected, timeout_s)
+        answers = self.world.board.collect(("edges", *key), expected, timeout_s)
+        received = {edge: update for edge, update in answers.items() if update is not None}
         _report_missing(f"cloud, round {key[0]}", expected, received)
         mean = self._aggregate("cloud", list(received.values()))
         if mean is None:

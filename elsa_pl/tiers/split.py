@@ -98,7 +98,9 @@ class SplitModel(L.LightningModule):
         self.num_rounds = 0
         self.num_bytes: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
-        self._base: PeftModel | None = None
+        # in a list, because a module's attribute would be part of its state_dict, and a checkpoint without the base
+        # model could not be loaded
+        self._held: list[PeftModel] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
         self._metrics: dict[str, dict[str, Metric | MetricCollection]] = {}
 
@@ -118,9 +120,14 @@ class SplitModel(L.LightningModule):
             ValueError: an unknown model, or a cut that does not fit it (`UnsupportedModelError`: no cut fits).
         """
         self.num_labels = num_labels
-        self._base = self.build()
+        self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
+
+    @property
+    def _base(self) -> PeftModel:
+        assert self._held, "parts are made before the base model is forgotten"
+        return self._held[0]
 
     def check_vocabulary(self, tokenizer_size: int) -> None:
         """Refuse a tokenizer whose ids the embeddings do not have.
@@ -128,7 +135,6 @@ class SplitModel(L.LightningModule):
         Raises:
             ConfigurationError: with both sizes.
         """
-        assert self._base is not None
         config: Any = self._base.get_base_model().config
         size = int(config.get_text_config().vocab_size)
         if tokenizer_size > size:
@@ -148,24 +154,21 @@ class SplitModel(L.LightningModule):
     def configure_model(self) -> None:
         if hasattr(self, "adapters"):
             return
-        if self._base is None:
+        if not self._held:
             if self.trainer.is_global_zero:
                 self.prepare(self.num_labels)
             else:
-                self._base = self.build()
-        assert self._base is not None
+                self._held = [self.build()]
         plan = self.plan.resolve(num_blocks(self._base))
         self.adapters = ParameterTree(_adapters_of(self._parts_for(plan)))
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         if plan not in self._parts:
-            assert self._base is not None, "parts are made before the base model is forgotten"
             self._parts[plan] = cut(self._base, plan)
         return self._parts[plan]
 
     def plan_of(self, client: str) -> SplitPlan:
         """The plan of a client, with its middle filled in."""
-        assert self._base is not None
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
 
     def make_ends(self, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
@@ -183,7 +186,7 @@ class SplitModel(L.LightningModule):
 
     def forget_base_model(self) -> None:
         """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
-        self._base = None
+        self._held = []
         self._parts = {}
 
     def global_adapters(self) -> dict[str, Tensor]:
@@ -309,6 +312,9 @@ class SplitModel(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self._summarise("val")
+        # here, because a checkpoint comes next: what the next round's report had, a resumed run would not know of
+        for report in self._strategy.world.exchange(self._strategy.rounds.take_report()).values():
+            self.num_bytes.update(report.num_bytes)
 
     def on_test_epoch_end(self) -> None:
         self._summarise("test")

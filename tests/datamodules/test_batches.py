@@ -8,7 +8,7 @@ from elsa_pl.datamodules.batches import BatchOrder, TokenizedExamples
 
 
 @pytest.mark.parametrize(("num_examples", "batch_size"), [(12, 4), (10, 4), (7, 5), (5, 4), (3, 8), (1, 1), (31, 16)])
-def test_every_pass_holds_every_example_once_and_no_batch_holds_one_twice(num_examples, batch_size):
+def test_every_pass_holds_every_example_once_and_no_batch_holds_one_twice(num_examples: int, batch_size: int) -> None:
     order = BatchOrder(num_examples, batch_size, 0, "client-0")
     size = min(batch_size, num_examples)
     batches = [order.rows(index) for index in range(6 * num_examples)]
@@ -18,7 +18,7 @@ def test_every_pass_holds_every_example_once_and_no_batch_holds_one_twice(num_ex
         assert sorted(stream[first : first + num_examples].tolist()) == list(range(num_examples))
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before():
+def test_a_batch_does_not_depend_on_what_was_asked_before() -> None:
     walked = BatchOrder(13, 5, 1, "a")
     batches = [walked.rows(index).tolist() for index in range(60)]
     for index in (59, 3, 41, 0, 40):
@@ -26,7 +26,7 @@ def test_a_batch_does_not_depend_on_what_was_asked_before():
         assert walked.rows(index).tolist() == batches[index]
 
 
-def test_order_depends_on_seed_client_and_pass():
+def test_order_depends_on_seed_client_and_pass() -> None:
     first = BatchOrder(50, 50, 0, "a").rows(0).tolist()
     others = [
         BatchOrder(50, 50, 1, "a").rows(0),
@@ -36,7 +36,7 @@ def test_order_depends_on_seed_client_and_pass():
     assert all(other.tolist() != first for other in others)
 
 
-def test_padding_is_on_the_right_and_left_out_of_the_loss():
+def test_padding_is_on_the_right_and_left_out_of_the_loss() -> None:
     examples = TokenizedExamples([[5, 6, 7], [8, 2], [2, 2, 2, 2]], None, None, pad_id=2)
     batch = examples.batch([1, 0])
     assert batch["input_ids"].tolist() == [[8, 2, 2], [5, 6, 7]]

@@ -4,17 +4,19 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
 from elsa_pl import models
 from elsa_pl.datamodules import FederatedTextDataModule
-from elsa_pl.datamodules.batches import BatchOrder
+from elsa_pl.datamodules.batches import Batch, BatchOrder
 from elsa_pl.datamodules.helpdesk import generate
 
 ROOT = Path(__file__).parents[2]
@@ -26,10 +28,18 @@ class WordTokenizer:
 
     pad_token_id = 0
 
-    def __call__(self, texts, pairs=None, *, truncation, max_length, return_attention_mask):
+    def __call__(
+        self,
+        texts: list[str],
+        pairs: list[str] | None = None,
+        *,
+        truncation: bool,
+        max_length: int,
+        return_attention_mask: bool,
+    ) -> dict[str, list[list[int]]]:
         assert truncation
         assert not return_attention_mask
-        encoded = {"input_ids": [], "token_type_ids": []}
+        encoded: dict[str, list[list[int]]] = {"input_ids": [], "token_type_ids": []}
         for row, text in enumerate(texts):
             ids = [2, *(int(word.strip("w")) + 4 for word in text.split()), 3]
             types = [0] * len(ids)
@@ -42,43 +52,44 @@ class WordTokenizer:
 
 
 @pytest.fixture
-def words(monkeypatch):
+def words(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(models, "load_tokenizer", lambda name: WordTokenizer())
     return "words"
 
 
-def write_csv(path, header, rows):
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     with open(path, "w", newline="") as file:
         csv.writer(file).writerows([header, *rows])
     return str(path)
 
 
 @pytest.fixture
-def train_file(tmp_path):
+def train_file(tmp_path: Path) -> str:
     """Row i has the word i, some padding words and one of three labels."""
     rows = [(f"w{i} " + "w1 " * (i % 5), "abc"[i % 3]) for i in range(100)]
     return write_csv(tmp_path / "train.csv", ["text", "label"], rows)
 
 
-def make(train_file, **settings):
-    data = FederatedTextDataModule(train_file=train_file, **{"tokenizer": "words", "num_clients": 4} | settings)
+def make(train_file: str, **settings: Any) -> FederatedTextDataModule:
+    defaults: dict[str, Any] = {"tokenizer": "words", "num_clients": 4}
+    data = FederatedTextDataModule(train_file=train_file, **defaults | settings)
     data.load()
     return data
 
 
-def first_words(batch):
-    return [row[1].item() - 4 for row in batch["input_ids"]]
+def first_words(batch: Batch) -> list[int]:
+    return [int(row[1]) - 4 for row in batch["input_ids"]]
 
 
 @pytest.mark.usefixtures("words")
-def test_clients_batches_and_validation_use_every_example_once(train_file):
+def test_clients_batches_and_validation_use_every_example_once(train_file: str) -> None:
     data = make(train_file, batch_size=1, alpha=1.0)
     assert data.labels == ["a", "b", "c"]
     assert data.num_labels == 3
     assert data.client_names == ["client-0", "client-1", "client-2", "client-3"]
     assert data.split_sizes == {"train": 90, "validation": 10}
     assert data.client_groups is None
-    seen = []
+    seen: list[int] = []
     for client, size in data.client_sizes.items():
         mine = [data.train_batch(client, index) for index in range(size)]
         labels = torch.cat([batch["labels"] for batch in mine])
@@ -89,7 +100,7 @@ def test_clients_batches_and_validation_use_every_example_once(train_file):
 
 
 @pytest.mark.usefixtures("words")
-def test_a_batch_is_padded_to_its_longest_example_and_knows_its_labels(train_file):
+def test_a_batch_is_padded_to_its_longest_example_and_knows_its_labels(train_file: str) -> None:
     batch = make(train_file, batch_size=8, partition="iid").train_batch("client-2", 5)
     assert set(batch) == {"input_ids", "attention_mask", "token_type_ids", "labels"}
     assert batch["input_ids"].shape == batch["attention_mask"].shape == batch["token_type_ids"].shape
@@ -99,7 +110,7 @@ def test_a_batch_is_padded_to_its_longest_example_and_knows_its_labels(train_fil
 
 
 @pytest.mark.usefixtures("words")
-def test_eval_shards_together_hold_every_example_once_and_sorted_by_length(train_file):
+def test_eval_shards_together_hold_every_example_once_and_sorted_by_length(train_file: str) -> None:
     data = make(train_file, test_file=train_file, eval_batch_size=7)
     shards = [data.eval_batches("test", shard, 3) for shard in range(3)]
     assert sorted(word for shard in shards for batch in shard for word in first_words(batch)) == list(range(100))
@@ -109,16 +120,17 @@ def test_eval_shards_together_hold_every_example_once_and_sorted_by_length(train
         data.eval_batches("test", 3, 3)
 
 
-def numbers(train_file):
+def numbers(train_file: str) -> str:
     """Everything that must not depend on the process: the division, the labels, the order of batches."""
     data = FederatedTextDataModule(train_file=train_file, num_clients=3, partition="groups", num_groups=2)
     data.load()
+    assert data._loaded is not None
     parts = {name: part.tolist() for name, part in data._loaded.parts.items()}
     batches = {name: BatchOrder(len(part), 16, 0, name).rows(7).tolist() for name, part in parts.items()}
     return repr([data.labels, data.label_histogram, data.client_groups, parts, batches, generate("test", 20)])
 
 
-def test_division_labels_and_order_are_the_same_in_another_process(train_file):
+def test_division_labels_and_order_are_the_same_in_another_process(train_file: str) -> None:
     code = (
         "import sys, importlib.util as u; s = u.spec_from_file_location('t', sys.argv[1]);"
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.numbers(sys.argv[2]))"
@@ -130,17 +142,18 @@ def test_division_labels_and_order_are_the_same_in_another_process(train_file):
 
 
 @pytest.mark.usefixtures("words")
-def test_seed_and_partition_change_the_division(train_file):
+def test_seed_and_partition_change_the_division(train_file: str) -> None:
     sizes = [make(train_file, seed=seed).label_histogram for seed in (0, 0, 1)]
     assert sizes[0] == sizes[1] != sizes[2]
     groups = make(train_file, partition="groups", num_groups=2, alpha=5.0).client_groups
+    assert groups is not None
     assert sorted(groups.values()) == [0, 0, 1, 1]
     shards = make(train_file, partition="shards").client_sizes
     assert max(shards.values()) - min(shards.values()) <= 2
 
 
 @pytest.mark.usefixtures("words")
-def test_a_column_names_the_clients(tmp_path):
+def test_a_column_names_the_clients(tmp_path: Path) -> None:
     rows = [(f"w{i}", "ab"[i % 2], "north" if i < 15 else "south") for i in range(20)]
     file = write_csv(tmp_path / "t.csv", ["text", "label", "site"], rows)
     data = make(file, partition="column", client_column="site")
@@ -151,7 +164,7 @@ def test_a_column_names_the_clients(tmp_path):
 
 
 @pytest.mark.usefixtures("words")
-def test_sentence_pairs_get_token_types(tmp_path):
+def test_sentence_pairs_get_token_types(tmp_path: Path) -> None:
     file = write_csv(
         tmp_path / "t.csv", ["text", "text_pair", "label"], [(f"w{i}", f"w{i} w9", i % 2) for i in range(20)]
     )
@@ -160,7 +173,7 @@ def test_sentence_pairs_get_token_types(tmp_path):
 
 
 @pytest.mark.usefixtures("words")
-def test_causal_lm_predicts_the_text_and_needs_no_labels(tmp_path):
+def test_causal_lm_predicts_the_text_and_needs_no_labels(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "t.csv", ["text"], [("w5 " * (1 + i % 7),) for i in range(40)])
     data = make(file, task="causal_lm", partition="iid")
     assert (data.labels, data.num_labels, data.label_histogram["client-0"]) == ([], 0, [])
@@ -174,7 +187,7 @@ def test_causal_lm_predicts_the_text_and_needs_no_labels(tmp_path):
 
 
 @pytest.mark.usefixtures("words")
-def test_a_site_owns_all_rows_of_its_file_and_needs_the_vocabulary(train_file):
+def test_a_site_owns_all_rows_of_its_file_and_needs_the_vocabulary(train_file: str) -> None:
     data = FederatedTextDataModule(train_file=train_file, tokenizer="words")
     with pytest.raises(ValueError, match=r"got none for oslo: set data\.labels"):
         data.load("oslo")
@@ -188,7 +201,7 @@ def test_a_site_owns_all_rows_of_its_file_and_needs_the_vocabulary(train_file):
         data.load()
 
 
-def test_a_label_that_training_never_had_is_named_with_its_row(train_file, tmp_path):
+def test_a_label_that_training_never_had_is_named_with_its_row(train_file: str, tmp_path: Path) -> None:
     test = write_csv(tmp_path / "test.csv", ["text", "label"], [("w1", "a"), ("w2", "z")])
     with pytest.raises(ValueError, match=r"labels of test .*the training rows have \(a, b, c\), got 'z' in row 2"):
         make(train_file, test_file=test)
@@ -218,12 +231,12 @@ def test_a_label_that_training_never_had_is_named_with_its_row(train_file, tmp_p
         ({"dataset": "x", "labels": ["a", "b"], "task": "causal_lm"}, "no labels with task=causal_lm"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_read(settings, message):
+def test_bad_settings_are_refused_before_anything_is_read(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FederatedTextDataModule(**settings)
 
 
-def test_using_data_before_it_is_loaded_says_so(train_file):
+def test_using_data_before_it_is_loaded_says_so(train_file: str) -> None:
     data = FederatedTextDataModule(train_file=train_file)
     for name in ("labels", "num_labels", "client_names", "client_sizes", "label_histogram", "split_sizes"):
         with pytest.raises(RuntimeError, match=f"before {name} is used: call load"):
@@ -238,8 +251,9 @@ def test_using_data_before_it_is_loaded_says_so(train_file):
 class FakeFederation(SingleDeviceStrategy):
     """A strategy that holds two clients of four."""
 
-    own_client = None
-    local_clients = ("client-1", "client-2")
+    own_client: str | None = None
+    holds_data = True
+    local_clients: tuple[str, ...] = ("client-1", "client-2")
     steps_per_round = 3
     batches_per_step = 2
     eval_shard: tuple[int, int] | None = (0, 2)
@@ -249,39 +263,41 @@ class FakeFederation(SingleDeviceStrategy):
 
 
 class Recorder(L.LightningModule):
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(()))
-        self.train_items, self.val_items, self.test_items = [], [], []
+        self.train_items: list[dict[str, list[Batch]]] = []
+        self.val_items: list[Batch] = []
+        self.test_items: list[Batch] = []
 
-    def training_step(self, batch, index):
+    def training_step(self, batch: dict[str, list[Batch]], index: int) -> Tensor:
         self.train_items.append(batch)
         return self.weight * 0
 
-    def validation_step(self, batch, index):
+    def validation_step(self, batch: Batch, index: int) -> None:
         self.val_items.append(batch)
 
-    def test_step(self, batch, index):
+    def test_step(self, batch: Batch, index: int) -> None:
         self.test_items.append(batch)
 
-    def configure_optimizers(self):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit(data, strategy):
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+def fit(data: FederatedTextDataModule, strategy: Strategy) -> tuple[L.Trainer, Recorder]:
+    options: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = L.Trainer(strategy=strategy, max_epochs=2, num_sanity_val_steps=0, enable_model_summary=False, **options)
     module = Recorder()
     trainer.fit(module, datamodule=data)
     return trainer, module
 
 
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+def same(one: Batch, other: Batch) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.usefixtures("words")
-def test_an_epoch_is_a_round_of_the_participating_local_clients(train_file):
+def test_an_epoch_is_a_round_of_the_participating_local_clients(train_file: str) -> None:
     data = FederatedTextDataModule(train_file=train_file, test_file=train_file, tokenizer="words", num_clients=4)
     trainer, module = fit(data, FakeFederation(device=torch.device("cpu")))
     assert [sorted(item) for item in module.train_items] == [["client-1", "client-2"]] * 3 + [["client-1"]] * 3
@@ -295,22 +311,23 @@ def test_an_epoch_is_a_round_of_the_participating_local_clients(train_file):
     assert sum(len(item["labels"]) for item in module.test_items) == 50
 
 
+@pytest.mark.parametrize("holds_data", [False, True])
 @pytest.mark.usefixtures("words")
-def test_a_process_without_data_still_makes_every_step_and_validates(train_file):
+def test_a_process_without_clients_still_makes_every_step_and_validates(train_file: str, holds_data: bool) -> None:
     strategy = FakeFederation(device=torch.device("cpu"))
-    strategy.local_clients, strategy.eval_shard = (), None
+    strategy.holds_data, strategy.local_clients, strategy.eval_shard = holds_data, (), None
     _, module = fit(FederatedTextDataModule(train_file=train_file, tokenizer="words"), strategy)
     assert module.train_items == [{}] * 6
     assert module.val_items == [{}] * 2
 
 
-def test_another_strategy_is_refused(train_file):
+def test_another_strategy_is_refused(train_file: str) -> None:
     with pytest.raises(TypeError, match=r"got SingleDeviceStrategy: use elsa_pl\.strategies\.HierarchicalStrategy"):
         fit(FederatedTextDataModule(train_file=train_file), SingleDeviceStrategy(device=torch.device("cpu")))
 
 
 @pytest.mark.usefixtures("words")
-def test_testing_without_test_rows_says_what_to_set(train_file):
+def test_testing_without_test_rows_says_what_to_set(train_file: str) -> None:
     data = FederatedTextDataModule(train_file=train_file, tokenizer="words")
     trainer, module = fit(data, FakeFederation(device=torch.device("cpu")))
     with pytest.raises(ValueError, match=r"set data\.test_file"):
@@ -325,7 +342,7 @@ def test_testing_without_test_rows_says_what_to_set(train_file):
         ("rte", 2, {"text_pair_column": "text_pair"}),
     ],
 )
-def test_real_sets_load_and_tokenize(name, num_labels, settings):
+def test_real_sets_load_and_tokenize(name: str, num_labels: int, settings: dict[str, Any]) -> None:
     folder = DATA / name
     if not folder.is_dir():
         pytest.skip(f"needs the real set {name} in {DATA} (or set ELSA_DATA_ROOT)")
@@ -347,7 +364,7 @@ def test_real_sets_load_and_tokenize(name, num_labels, settings):
     assert sum(len(b["labels"]) for b in data.eval_batches("test")) == data.split_sizes["test"]
 
 
-def test_the_bundled_set_needs_no_file():
+def test_the_bundled_set_needs_no_file() -> None:
     data = FederatedTextDataModule(dataset="bundled:helpdesk")
     data.load()
     assert data.split_sizes == {"train": 3600, "validation": 400, "test": 800}

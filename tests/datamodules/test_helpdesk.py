@@ -5,26 +5,26 @@ from itertools import combinations
 
 import pytest
 
-from elsa_pl.datamodules.helpdesk import LABELS, SIZES, SPLITS, generate, wordings
+from elsa_pl.datamodules.helpdesk import LABELS, SIZES, SPLITS, Split, generate, wordings
 
 
-def words(wording):
+def words(wording: str) -> tuple[str, ...]:
     """The wording without slots and punctuation."""
     return tuple(re.findall(r"[a-z0-9']+", re.sub(r"\{\w+\}", "", wording).lower()))
 
 
-def runs(wording, length):
+def runs(wording: str, length: int) -> set[tuple[str, ...]]:
     tokens = words(wording)
     return {tokens[i : i + length] for i in range(len(tokens) - length + 1)}
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(SPLITS, 2)))
-def test_no_wording_is_in_two_splits(one, other):
+def test_no_wording_is_in_two_splits(one: Split, other: Split) -> None:
     first, second = ({words(w) for group in wordings(split).values() for w in group} for split in (one, other))
     assert not first & second
 
 
-def test_no_test_problem_repeats_a_long_stretch_of_a_training_problem():
+def test_no_test_problem_repeats_a_long_stretch_of_a_training_problem() -> None:
     problems = {
         split: [w for role, group in wordings(split).items() if role.startswith("problem/") for w in group]
         for split in ("train", "test")
@@ -35,7 +35,7 @@ def test_no_test_problem_repeats_a_long_stretch_of_a_training_problem():
     assert not shared
 
 
-def test_no_test_text_contains_a_training_problem():
+def test_no_test_text_contains_a_training_problem() -> None:
     texts = [words(text) for text in generate("test")[0]]
     joined = [" ".join(text) for text in texts]
     for role, group in wordings("train").items():
@@ -48,7 +48,7 @@ def test_no_test_text_contains_a_training_problem():
 
 
 @pytest.mark.parametrize("split", SPLITS)
-def test_texts_are_distinct_balanced_short_and_filled(split):
+def test_texts_are_distinct_balanced_short_and_filled(split: Split) -> None:
     texts, labels = generate(split)
     assert len(texts) == len(labels) == len(set(texts)) == SIZES[split]
     assert {labels.count(label) for label in LABELS} == {SIZES[split] // len(LABELS)}
@@ -56,13 +56,13 @@ def test_texts_are_distinct_balanced_short_and_filled(split):
     assert max(len(text.split()) for text in texts) < 64
 
 
-def test_a_seed_repeats_and_seeds_differ():
+def test_a_seed_repeats_and_seeds_differ() -> None:
     assert generate("test", 50) == generate("test", 50)
     assert generate("test", 50) != generate("test", 50, seed=1)
     assert generate("test", 50)[0] != generate("train", 50)[0]
 
 
-def test_a_quarter_of_the_messages_mention_another_topic():
+def test_one_message_in_seven_mentions_another_topic() -> None:
     bank = wordings("test")
     texts, labels = generate("test")
     mentions = {label: [words(w.split("{")[0]) for w in bank[f"mention/{label}"]] for label in LABELS}
@@ -70,4 +70,4 @@ def test_a_quarter_of_the_messages_mention_another_topic():
         any(" ".join(m) in " ".join(words(text)) for other in LABELS if other != label for m in mentions[other])
         for text, label in zip(texts, labels, strict=True)
     )
-    assert 0.25 < distracted / len(texts) < 0.45
+    assert 0.1 < distracted / len(texts) < 0.2

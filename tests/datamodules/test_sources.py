@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas
 import pytest
@@ -17,7 +18,7 @@ ROWS = {
 }
 
 
-def write(folder, name):
+def write(folder: Path, name: str) -> str:
     path = folder / name
     table = pandas.DataFrame(ROWS)
     if path.suffix == ".parquet":
@@ -32,16 +33,17 @@ def write(folder, name):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.json", "a.jsonl", "a.parquet", "A.CSV"])
-def test_every_format_gives_the_same_rows_and_leaves_no_file(name, tmp_path):
+def test_every_format_gives_the_same_rows_and_leaves_no_file(name: str, tmp_path: Path) -> None:
     file = write(tmp_path, name)
     source = load_source(columns=Columns(), train_file=file, test_file=file)
+    assert source.test is not None
     assert source.train.to_dict() == source.test.to_dict() == ROWS
     assert source.validation is None
     assert [path.name for path in tmp_path.iterdir()] == [name]
     assert not source.train.cache_files
 
 
-def test_columns_are_renamed_and_the_owner_is_read_from_training_rows_only(tmp_path):
+def test_columns_are_renamed_and_the_owner_is_read_from_training_rows_only(tmp_path: Path) -> None:
     train, test = tmp_path / "train.csv", tmp_path / "test.csv"
     train.write_text("q,p,y,site\na,b,1,north\nc,d,2,south\n")
     test.write_text("q,p,y\ne,f,1\n")
@@ -53,10 +55,11 @@ def test_columns_are_renamed_and_the_owner_is_read_from_training_rows_only(tmp_p
         "label": ["1", "2"],
         "client": ["north", "south"],
     }
+    assert source.test is not None
     assert source.test.column_names == ["text", "text_pair", "label"]
 
 
-def test_class_labels_become_their_names(tmp_path):
+def test_class_labels_become_their_names(tmp_path: Path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["zebra", "ant"])})
     Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).to_parquet(str(tmp_path / "t.parquet"))
     source = load_source(columns=Columns(), train_file=str(tmp_path / "t.parquet"))
@@ -64,7 +67,7 @@ def test_class_labels_become_their_names(tmp_path):
     assert source.label_names == ["zebra", "ant"]
 
 
-def test_a_pair_column_that_is_not_used_earns_a_warning(tmp_path, caplog):
+def test_a_pair_column_that_is_not_used_earns_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "t.csv").write_text("text,text_pair,label\na,b,x\n")
     load_source(columns=Columns(), train_file=str(tmp_path / "t.csv"))
     assert "set text_pair_column=text_pair" in caplog.text
@@ -90,7 +93,9 @@ def test_a_pair_column_that_is_not_used_earns_a_warning(tmp_path, caplog):
         ("t.json", '["a"]', ValueError, "got str in .*row 1"),
     ],
 )
-def test_bad_files_are_refused_with_advice(name, content, error, message, tmp_path):
+def test_bad_files_are_refused_with_advice(
+    name: str, content: str | None, error: type[Exception], message: str, tmp_path: Path
+) -> None:
     (tmp_path / "other.csv").write_text("text,label\na,b\n")
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -98,7 +103,7 @@ def test_bad_files_are_refused_with_advice(name, content, error, message, tmp_pa
         load_source(columns=Columns(), train_file=str(tmp_path / name))
 
 
-def test_a_missing_test_file_is_found_before_anything_is_read(tmp_path):
+def test_a_missing_test_file_is_found_before_anything_is_read(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(b"\xff\xfe broken")
     with pytest.raises(FileNotFoundError, match="test_file"):
         load_source(columns=Columns(), train_file=str(tmp_path / "t.csv"), test_file=str(tmp_path / "none.csv"))
@@ -106,15 +111,15 @@ def test_a_missing_test_file_is_found_before_anything_is_read(tmp_path):
         load_source(columns=Columns(), train_file=str(tmp_path / "t.csv"))
 
 
-def test_an_unknown_bundled_name_lists_the_known_ones():
+def test_an_unknown_bundled_name_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match="bundled:helpdesk or a hub id, got bundled:helpdsek"):
         load_source(columns=Columns(), dataset="bundled:helpdsek")
 
 
-def test_without_the_hub_the_error_says_what_else_there_is(monkeypatch):
+def test_without_the_hub_the_error_says_what_else_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     import datasets
 
-    def offline(*args):
+    def offline(*args: object) -> None:
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
@@ -122,36 +127,39 @@ def test_without_the_hub_the_error_says_what_else_there_is(monkeypatch):
         load_source(columns=Columns(), dataset="owner/name")
 
 
-def test_hub_splits_are_matched_and_secret_test_labels_left_out(monkeypatch, caplog):
+def test_hub_splits_are_matched_and_secret_test_labels_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     import datasets
 
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
 
-    def make(labels):
+    def make(labels: list[int]) -> Dataset:
         return Dataset.from_dict({"text": ["a", "b"], "label": labels}, features=features)
 
     asked = []
 
-    def fake(*args):
+    def fake(*args: object) -> dict[str, Dataset]:
         asked.append(args)
         return {"train": make([0, 1]), "dev": make([1, 0]), "test": make([-1, -1])}
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     source = load_source(columns=Columns(), dataset="owner/name:part")
     assert asked == [("owner/name", "part")]
+    assert source.validation is not None
     assert source.validation["label"][:] == ["yes", "no"]
     assert source.test is None
     assert "secret" in caplog.text
 
 
-def test_numbers_are_sorted_as_numbers():
+def test_numbers_are_sorted_as_numbers() -> None:
     assert find_labels(["10", "9", "0"]) == ["0", "9", "10"]
     assert find_labels(["10", "9", "x"]) == ["10", "9", "x"]
     with pytest.raises(ValueError, match="at least two different labels"):
         find_labels(["a", "a"])
 
 
-def test_processes_read_one_file_at_once_with_a_cache_that_cannot_be_written(tmp_path):
+def test_processes_read_one_file_at_once_with_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     file = write(tmp_path, "t.csv")
     code = (
         "import sys; from elsa_pl.datamodules.sources import *;"

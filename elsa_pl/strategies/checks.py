@@ -1,0 +1,50 @@
+"""Settings that a run of rounds cannot honour are refused before it starts, with the reason."""
+
+import lightning.pytorch as pl
+import torch
+
+from elsa_pl.errors import ConfigurationError
+
+
+def check_device(setting: str, name: str) -> None:
+    """Check that a device exists.
+
+    Raises:
+        ConfigurationError: it does not.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigurationError(f"{setting} must be a torch device such as cpu or cuda:0; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigurationError(f"{setting} must be on cpu or cuda; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigurationError(
+            f"{setting}={name!r} is not there: this machine has {torch.cuda.device_count()} CUDA devices; use cpu"
+        )
+
+
+def refuse_unsupported(trainer: "pl.Trainer") -> None:
+    """Refuse Trainer settings that the rounds cannot honour.
+
+    Raises:
+        ConfigurationError: naming each, with the reason and what to use instead.
+    """
+    refused = []
+    if str(trainer.precision) not in ("32-true", "bf16-mixed"):
+        refused.append(
+            f"precision={trainer.precision}: use 32-true or bf16-mixed; fp16 would need one gradient scaler across"
+            " processes, and true low precision would lose the averages' small differences"
+        )
+    if trainer.max_steps != -1:
+        refused.append("max_steps: a run ends with a round, so set max_epochs (global rounds)")
+    if trainer.limit_train_batches not in (None, 1.0):
+        refused.append("limit_train_batches: the strategy's local_steps and edge_rounds set the batches of a round")
+    if trainer.val_check_interval not in (None, 1.0):
+        refused.append("val_check_interval: inside a round there is no global model; use check_val_every_n_epoch")
+    if trainer.gradient_clip_val is not None:
+        refused.append("gradient_clip_val: the bound spans three processes; use model.gradient_clip_val")
+    if trainer.accumulate_grad_batches != 1:
+        refused.append("accumulate_grad_batches: batches accumulate per client; use model.accumulate_grad_batches")
+    if refused:
+        raise ConfigurationError("these settings of the trainer do not fit rounds: " + "; ".join(refused))
