@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 import torch.distributed as dist
 from torch.distributed import rpc
 
-from elsa_pl.errors import ConfigurationError, LaunchError
+from elsa_pl.errors import ConfigurationError, ElsaError, LaunchError
 from elsa_pl.rpc import unpickling
 from elsa_pl.rpc.messages import Member, Role
 
@@ -95,24 +95,38 @@ def meet(
             " running, and is the address reachable from here?"
         ) from error
     store = dist.PrefixStore(f"elsa_pl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", server)
-    store.set(f"member/{address.rank}", json.dumps([name, role]))
-    keys = [f"member/{rank}" for rank in range(address.world_size)]
+    try:
+        store.set(f"member/{address.rank}", json.dumps([name, role]))
+        announced = _wait_for_all(store, address.world_size, timeout_s, check)
+    except ElsaError:
+        raise
+    except (RuntimeError, dist.DistError) as error:
+        raise LaunchError(
+            f"lost {address.host}:{address.port} while waiting for the others: the process of rank 0 has ended, and"
+            " its own output says why"
+        ) from error
+    members = [Member(name, role, rank) for rank, (name, role) in enumerate(announced)]
+    _check_names(members)
+    global _met
+    _met = store, address
+    return members
+
+
+def _wait_for_all(
+    store: dist.Store, world_size: int, timeout_s: float, check: Callable[[], None]
+) -> list[tuple[str, Role]]:
+    keys = [f"member/{rank}" for rank in range(world_size)]
     deadline = time.monotonic() + timeout_s
     while not store.check(keys):
         check()
         if time.monotonic() > deadline:
             missing = [rank for rank, key in enumerate(keys) if not store.check([key])]
             raise LaunchError(
-                f"{len(missing)} of {address.world_size} processes (ranks {missing}) did not come within"
-                f" {timeout_s:.0f} s: start them, or lower the number of processes"
+                f"{len(missing)} of {world_size} processes (ranks {missing}) did not come within {timeout_s:.0f} s:"
+                " start them, or lower the number of processes"
             )
         time.sleep(_POLL_S)
-    announced = [json.loads(store.get(key)) for key in keys]
-    members = [Member(name, role, rank) for rank, (name, role) in enumerate(announced)]
-    _check_names(members)
-    global _met
-    _met = store, address
-    return members
+    return [json.loads(store.get(key)) for key in keys]
 
 
 def _check_names(members: list[Member]) -> None:

@@ -192,8 +192,8 @@ class World:
 
     def leave(self, *, success: bool) -> None:
         """End RPC here, after success together with the others. Safe to call twice."""
-        together = success and not self.board.lost
-        if self.members and together:
+        together = success
+        if self.members and success:
             try:
                 self.exchange(None)  # nobody leaves while somebody still watches or works
             except RunFailed as error:
@@ -203,7 +203,7 @@ class World:
             self._monitor.stop()
             self._monitor = None
         if self.members:
-            lifecycle.stop(graceful=together)
+            lifecycle.stop(graceful=together and not self.board.lost)
             self.members = []
         if self._serving:
             for service in (*self._boards, "pulse"):

@@ -30,7 +30,7 @@ def weighted_mean(adapters: Sequence[Adapters], weights: Sequence[float]) -> dic
         The mean, in the tensors' own dtype.
 
     Raises:
-        ValueError: no adapters, different names, or weights that are negative or all zero.
+        ValueError: no adapters, different names, or weights that are negative, not finite or all zero.
 
     Source:
         McMahan et al. 2017, arXiv 1602.05629, Algorithm 1 (with adapters in place of the model); ELSA, arXiv
@@ -44,8 +44,8 @@ def weighted_mean(adapters: Sequence[Adapters], weights: Sequence[float]) -> dic
     if not adapters or len(adapters) != len(weights):
         raise ValueError(f"expected one weight for each of at least one sender; got {len(adapters)} and {len(weights)}")
     total = float(sum(weights))
-    if min(weights) < 0 or total <= 0:
-        raise ValueError(f"weights must be at least 0 and not all 0; got {list(weights)}")
+    if not all(0 <= weight < float("inf") for weight in weights) or total <= 0:  # also refuses nan
+        raise ValueError(f"weights must be finite, at least 0 and not all 0; got {list(weights)}")
     names = list(adapters[0])
     for other in adapters[1:]:
         if set(other) != set(names):

@@ -219,17 +219,20 @@ class Rounds:
     def _fetch_means(self, key: tuple[int, int], names: list[str]) -> None:
         """The edges' means become the clients' adapters; an edge without answers leaves them as they are."""
         calls = {}
-        for name in names:
+        for name in [name for name in names if name not in self._given_up]:
             client = self.clients[name]
-            calls[name] = remote.start_call(
-                client.edge.worker,
-                client.edge.service,
-                "mean",
-                key,
-                tuple(client.adapters()),
-                timeout_s=self.world.round_timeout_s + self.world.call_timeout_s,
-                answers_later=True,
-            )
+            try:
+                calls[name] = remote.start_call(
+                    client.edge.worker,
+                    client.edge.service,
+                    "mean",
+                    key,
+                    tuple(client.adapters()),
+                    timeout_s=self.world.round_timeout_s + self.world.call_timeout_s,
+                    answers_later=True,
+                )
+            except RemoteError as error:
+                self._give_up(name, str(error))
         for name, pending in calls.items():
             try:
                 mean = pending.wait(self.world.board.check)

@@ -21,7 +21,7 @@ import torch
 import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
-from elsa_pl.errors import TrainingDiverged
+from elsa_pl.errors import RemoteError, TrainingDiverged
 from elsa_pl.rpc.remote import PendingCall, call, start_call
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.tail import TailModule
@@ -136,7 +136,7 @@ class Client:
                         f"the loss of {self.name} is {losses[-1]} in round {round_number}, step {step}: lower the"
                         " learning rate, clip gradients (gradient_clip_val), or look at this client's data"
                     )
-                dist_autograd.backward(context_id, [loss / len(batches)])
+                self._backward(context_id, loss / len(batches))
                 if deferred:
                     pending = self._start("collect", context_id)
                 else:
@@ -157,6 +157,18 @@ class Client:
         if stepping is not None:
             stepping.wait()
         return StepResult(sum(losses) / len(losses), sum(len(batch["input_ids"]) for batch in batches))
+
+    def _backward(self, context_id: int, loss: Tensor) -> None:
+        """Run remote autograd, which reports an edge that is gone as any error: asking the edge tells the two apart."""
+        try:
+            dist_autograd.backward(context_id, [loss])
+        except RuntimeError as error:
+            try:
+                call(self.edge.worker, "pulse", "ping", timeout_s=self.edge.timeout_s)
+            except RemoteError as gone:
+                if not gone.kind:
+                    raise gone from error
+            raise
 
     def evaluate(self, batch: Batch) -> Any:
         """The model's output (`loss`, `logits`) on a batch through the whole pipeline, without gradients."""

@@ -1,0 +1,115 @@
+"""Where a run's parts are does not change its numbers: one process, several, or torchrun's."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.runs import (
+    ROOT,
+    Run,
+    Settings,
+    assert_equal,
+    initial_adapters,
+    moved,
+    run_apart,
+    run_command,
+    run_here,
+    write_data,
+)
+
+SETTINGS = {
+    "strategy.num_edges": 2,
+    "strategy.edge_rounds": 2,
+    "strategy.participation": 0.75,
+    "model.lora": {"dropout": 0.1},
+    "model.gradient_clip_val": 0.5,
+    "model.accumulate_grad_batches": 2,
+    "model.lr_schedule": "cosine",
+    "model.warmup_fraction": 0.25,
+    "data.batch_size": 4,
+}
+LAYOUTS: dict[str, Settings] = {
+    "tiers": {"strategy.layout": "tiers"},
+    "tiers, 2 hosts": {"strategy.layout": "tiers", "strategy.num_hosts": 2},
+    "full": {"strategy.layout": "full", "strategy.num_hosts": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    return {**SETTINGS, **write_data(tmp_path_factory.mktemp("data"))}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Run:
+    return run_here(tmp_path_factory.mktemp("single"), "run", {**settings, "strategy.layout": "single"})
+
+
+def comparable(metrics: Mapping[int, Mapping[str, float]]) -> dict[int, dict[str, float]]:
+    """Without what depends on the machine."""
+    return {
+        epoch: {name: value for name, value in row.items() if not name.startswith("seconds/")}
+        for epoch, row in metrics.items()
+    }
+
+
+def assert_same_run(run: Run, single: Run, *, hosts: int = 1) -> None:
+    """Bit for bit, but for sums over evaluation batches, which several hosts share out and pad differently."""
+    assert_equal(run.adapters(), single.adapters())
+    got, expected = comparable(run.metrics()), comparable(single.metrics())
+    assert got.keys() == expected.keys()
+    for epoch, row in expected.items():
+        assert got[epoch] == (row if hosts == 1 else pytest.approx(row, rel=1e-6)), epoch
+    accuracies = [name for name in ("val_accuracy", "val_f1") for row in expected.values() if name in row]
+    assert accuracies, "validation took place"
+    assert run.summary()["test_accuracy"] == single.summary()["test_accuracy"]
+    assert run.summary()["rounds"] == single.summary()["rounds"] == 2
+
+
+def test_the_reference_trains(single: Run, settings: Settings) -> None:
+    assert moved(single.adapters(), initial_adapters(settings))
+    assert {"train_loss", "val_loss", "val_accuracy"} <= single.metrics()[1].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_give_the_same_numbers(layout: str, tmp_path: Path, settings: Settings, single: Run) -> None:
+    run = run_apart(tmp_path, "run", {**settings, **LAYOUTS[layout]})
+    assert_same_run(run, single, hosts=LAYOUTS[layout].get("strategy.num_hosts", 1))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_torchrun_gives_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+    prefix = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    run = run_command(prefix, tmp_path, "run", {**settings, "strategy.layout": "tiers"})
+    assert_same_run(run, single)
+
+
+def test_clients_in_flight_do_not_change_the_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+    """Threads share nothing that they draw from or write to."""
+    run = run_here(tmp_path, "run", {**settings, "strategy.clients_in_flight": 1})
+    assert_same_run(run, single)
+
+
+def test_bf16_is_used(tmp_path: Path, settings: Settings, single: Run) -> None:
+    run = run_here(tmp_path, "run", {**settings, "trainer.precision": "bf16-mixed"})
+    losses = [each.metrics()[1]["train_loss"] for each in (run, single)]
+    assert losses[0] != losses[1], "fp32 would give this"
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_early_stopping_stops_every_process(tmp_path: Path, settings: Settings) -> None:
+    """A process that missed the decision would wait for the others until a deadline, and main would fail."""
+    stop = {
+        "class_path": "lightning.pytorch.callbacks.EarlyStopping",
+        "init_args": {"monitor": "val_loss", "patience": 1, "min_delta": 100.0},
+    }
+    settings = {**settings, "strategy.layout": "tiers", "trainer.callbacks": [stop], "trainer.max_epochs": 6}
+    run = run_apart(tmp_path, "run", settings)
+    assert run.summary()["rounds"] == 2
+    assert run.summary()["test_accuracy"] is not None

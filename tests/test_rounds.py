@@ -1,0 +1,211 @@
+"""Whole runs are federated averaging, written out here on the uncut model."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from elsa_pl.datamodules import FederatedTextDataModule
+from elsa_pl.functional.aggregation import sample_clients
+from elsa_pl.lora import LoraSettings, dropout_key
+from elsa_pl.models import uncut
+from elsa_pl.tiers import SplitModel
+from tests.runs import (
+    DEFAULTS,
+    Run,
+    Settings,
+    assert_close,
+    assert_equal,
+    initial_adapters,
+    make_data,
+    make_module,
+    moved,
+    run_here,
+    write_data,
+)
+
+CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
+KEEP_ALL = {"checkpoint.save_top_k": -1}
+
+
+@pytest.fixture(scope="module")
+def data_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+def mean(adapters: Sequence[dict[str, Tensor]], weights: Sequence[int]) -> dict[str, Tensor]:
+    return {
+        name: (sum(w * a[name].double() for a, w in zip(adapters, weights, strict=True)) / sum(weights)).float()  # type: ignore[union-attr]
+        for name in adapters[0]
+    }
+
+
+def fedavg(
+    data: FederatedTextDataModule,
+    module: SplitModel,
+    *,
+    edges: Sequence[Sequence[str]],
+    num_rounds: int,
+    edge_rounds: int = 1,
+    local_steps: int = 2,
+    participation: float = 1.0,
+    accumulate: int = 1,
+) -> list[dict[str, Tensor]]:
+    """Federated averaging in two levels, one client after the other; returns the adapters after each round."""
+    model = module.build().train()
+    parameters = {name: p for name, p in uncut(model).named_parameters() if p.requires_grad}
+
+    def load(adapters: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(adapters[name])
+
+    history = []
+    current = {name: p.detach().clone() for name, p in parameters.items()}
+    for number in range(num_rounds):
+        active = sample_clients(CLIENTS, participation, 0, number)
+        means, weights = [], []
+        for members in edges:
+            names = [client for client in members if client in active]
+            if not names:
+                continue
+            at_edge, states = current, dict[str, Any]()
+            for edge_round in range(edge_rounds):
+                sent = []
+                for client in names:
+                    load(at_edge)
+                    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
+                    if client in states:
+                        optimizer.load_state_dict(states[client])
+                    for step in range(edge_round * local_steps, (edge_round + 1) * local_steps):
+                        optimizer.zero_grad()
+                        for micro in range(accumulate):
+                            index = (number * edge_rounds * local_steps + step) * accumulate + micro
+                            with dropout_key(0, number, client, step, micro):
+                                loss = model(**data.train_batch(client, index)).loss / accumulate
+                            loss.backward()
+                        optimizer.step()
+                    states[client] = optimizer.state_dict()
+                    sent.append({name: p.detach().clone() for name, p in parameters.items()})
+                at_edge = mean(sent, [data.client_sizes[client] for client in names])
+            means.append(at_edge)
+            weights.append(sum(data.client_sizes[client] for client in names))
+        current = mean(means, weights)
+        history.append(current)
+    return history
+
+
+def run_and_fedavg(
+    folder: Path, settings: Settings, edges: Sequence[Sequence[str]], dropout: float = 0.0, **how: Any
+) -> tuple[Run, list[dict[str, Tensor]]]:
+    run = run_here(folder, "run", {**settings, **KEEP_ALL, "model.lora": {"dropout": dropout}})
+    module = make_module(settings)
+    module.lora = LoraSettings(dropout=dropout)
+    rounds = {**DEFAULTS, **settings}["trainer.max_epochs"]
+    return run, fedavg(make_data(settings), module, edges=edges, num_rounds=rounds, **how)
+
+
+def test_one_edge_is_fedavg_on_the_uncut_model(tmp_path: Path, data_settings: Settings) -> None:
+    """Sizes of the clients differ, so that wrong weights show."""
+    settings = {**data_settings, "trainer.max_epochs": 3}
+    sizes = list(make_data(settings).client_sizes.values())
+    assert len(set(sizes)) > 1
+    run, expected = run_and_fedavg(tmp_path, settings, [CLIENTS])
+    for epoch, adapters in enumerate(expected):
+        assert_equal(run.adapters(epoch), adapters)
+    assert moved(expected[0], initial_adapters(settings))
+    assert moved(expected[2], expected[1])
+
+
+def test_two_edges_and_edge_rounds_are_fedavg_in_two_levels(tmp_path: Path, data_settings: Settings) -> None:
+    """With dropout and accumulation; an optimizer's state lives through the edge rounds of a global round."""
+    settings = {
+        **data_settings,
+        "strategy.num_edges": 2,
+        "strategy.edge_rounds": 2,
+        "model.accumulate_grad_batches": 2,
+        "data.batch_size": 4,
+    }
+    edges = [["client-0", "client-2"], ["client-1", "client-3"]]
+    run, expected = run_and_fedavg(tmp_path, settings, edges, dropout=0.2, edge_rounds=2, accumulate=2)
+    for epoch, adapters in enumerate(expected):
+        assert_equal(run.adapters(epoch), adapters)
+
+
+def test_only_participants_count(tmp_path: Path, data_settings: Settings) -> None:
+    """One client in each round, so one edge stays without any answer."""
+    settings = {**data_settings, "trainer.max_epochs": 3, "strategy.num_edges": 2, "strategy.participation": 0.25}
+    edges = [["client-0", "client-2"], ["client-1", "client-3"]]
+    run, expected = run_and_fedavg(tmp_path, settings, edges, participation=0.25)
+    for epoch, adapters in enumerate(expected):
+        assert_equal(run.adapters(epoch), adapters)
+    assert len({client for number in range(3) for client in sample_clients(CLIENTS, 0.25, 0, number)}) > 1
+
+
+def test_edge_of_moves_clients_between_edges(tmp_path: Path, data_settings: Settings) -> None:
+    settings = {
+        **data_settings,
+        "trainer.max_epochs": 1,
+        "strategy.num_edges": 2,
+        "strategy.edge_rounds": 2,
+        "strategy.edge_of": {"client-0": "edge-1"},
+    }
+    edges = [["client-2"], ["client-0", "client-1", "client-3"]]
+    run, expected = run_and_fedavg(tmp_path, settings, edges, edge_rounds=2)
+    assert_equal(run.adapters(), expected[0])
+
+
+@pytest.mark.parametrize("participation", [0.25, 0.5, 0.75, 1.0])
+def test_participants_are_drawn_by_seed_and_round(participation: float) -> None:
+    draws = [sample_clients(CLIENTS, participation, 7, number) for number in range(50)]
+    assert draws == [sample_clients(CLIENTS, participation, 7, number) for number in range(50)]
+    assert {len(draw) for draw in draws} == {round(participation * 4)}
+    assert frozenset().union(*draws) == set(CLIENTS), "nobody is left out for ever"
+    if participation < 1:
+        assert len(set(draws)) > 1
+        assert draws != [sample_clients(CLIENTS, participation, 8, number) for number in range(50)]
+
+
+def test_at_least_one_client_takes_part() -> None:
+    assert len(sample_clients(CLIENTS, 1e-9, 0, 0)) == 1
+
+
+def test_two_levels_are_flat_when_every_client_takes_part(tmp_path: Path, data_settings: Settings) -> None:
+    """One round: later ones would blow the rounding of the first up by AdamW's division."""
+    settings = {**data_settings, "trainer.max_epochs": 1}
+    flat, two = (
+        run_here(tmp_path, f"edges-{count}", {**settings, "strategy.num_edges": count}).adapters() for count in (1, 3)
+    )
+    assert_close(two, flat, atol=1e-7)
+    assert moved(flat, initial_adapters(settings))
+
+
+def test_plans_do_not_change_what_is_trained(tmp_path: Path, data_settings: Settings) -> None:
+    """Layers meet by their global names, whichever part of which client holds them."""
+    other = {
+        "client-1": {"front": 2, "middle": 1, "tail": 1},
+        "client-2": {"front": 1, "middle": 1, "tail": 2},
+        "client-3": {"front": 2, "tail": 1},
+    }
+    settings = {**data_settings, "strategy.num_edges": 2, "strategy.edge_rounds": 2, "model.gradient_clip_val": 0.1}
+    equal = run_here(tmp_path, "equal", settings)
+    different = run_here(tmp_path, "different", {**settings, "model.client_plans": other})
+    assert_equal(different.adapters(), equal.adapters())
+
+
+def test_different_plans_average_to_what_they_were_when_nothing_is_trained(
+    tmp_path: Path, data_settings: Settings
+) -> None:
+    settings = {
+        **data_settings,
+        "trainer.max_epochs": 1,
+        "strategy.num_edges": 2,
+        "strategy.edge_rounds": 2,
+        "model.client_plans": {"client-1": {"front": 2, "middle": 1, "tail": 1}},
+        "model.optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.0}},
+    }
+    run = run_here(tmp_path, "still", settings)
+    assert_equal(run.adapters(), initial_adapters(settings))

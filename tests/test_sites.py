@@ -1,0 +1,74 @@
+"""Several torchruns on loopback: two nodes of a simulation, and sites that bring their own files."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from elsa_pl.rpc.lifecycle import free_port
+from tests.runs import ROOT, Settings, arguments, assert_equal, find_run, run_here, write_data, write_tickets
+
+TIMEOUT_S = 100
+LABELS = ["account", "billing", "device", "network"]
+
+
+def start_torchrun(node: int, num_nodes: int, port: int, output_dir: Path, settings: Settings) -> subprocess.Popen[str]:
+    """One torchrun with one process."""
+    launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", f"--node_rank={node}"]
+    launch += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", "train.py"]
+    command = [*launch, *arguments(output_dir, "run", settings)]
+    environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+
+
+def wait_for(processes: list[subprocess.Popen[str]]) -> list[str]:
+    """Outputs of processes that all must succeed; none is left behind."""
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    return outputs
+
+
+def test_two_torchruns_give_the_same_numbers(tmp_path: Path) -> None:
+    """``--nnodes=2``: the cloud and its edges on one node, the clients on the other."""
+    settings = {**write_data(tmp_path), "strategy.num_edges": 2}
+    here = run_here(tmp_path / "here", "run", {**settings, "strategy.layout": "single"})
+    port = free_port()
+    settings = {**settings, "strategy.layout": "tiers"}
+    wait_for([start_torchrun(node, 2, port, tmp_path / "nodes", settings) for node in (0, 1)])
+    run = find_run(tmp_path / "nodes", "run")
+    assert_equal(run.adapters(), here.adapters())
+    assert run.summary()["test_accuracy"] == here.summary()["test_accuracy"]
+    assert run.summary()["bytes"] == here.summary()["bytes"]
+
+
+def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
+    """Each process names its role; data stays where it is; the cloud is not rank 0 and has no data."""
+    test_file = write_tickets(tmp_path / "test.csv", 40, seed=9)
+    common = {"strategy.layout": "site", "data.labels": LABELS, "data.train_file": str(tmp_path / "none.csv")}
+    sites: list[Settings] = [
+        {**common, "strategy.role": "edge", "strategy.name": "edge-north"},
+        {**common, "strategy.role": "cloud"},
+    ]
+    for index, size in enumerate((60, 90)):
+        train_file = write_tickets(tmp_path / f"site-{index}.csv", size, seed=index)
+        mine = {"data.train_file": train_file, "strategy.role": "host", "strategy.name": f"hospital-{index}"}
+        # only one of them has test data
+        sites.append({**common, **mine, **({"data.test_file": test_file} if index == 0 else {})})
+    port = free_port()
+    wait_for([start_torchrun(node, 4, port, tmp_path / "runs", settings) for node, settings in enumerate(sites)])
+    run = find_run(tmp_path / "runs", "run")
+    summary = run.summary()
+    assert summary["rounds"] == 2
+    assert 0 <= summary["test_accuracy"] <= 1
+    assert summary["test_accuracy"] * 40 == pytest.approx(round(summary["test_accuracy"] * 40), abs=1e-4)
+    assert pd.read_csv(run.folder / "metrics.csv")["train_loss"].notna().sum() == 2
