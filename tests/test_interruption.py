@@ -312,7 +312,7 @@ def killed_only_host(folder: Path) -> None:
 
 
 def killed_edge(folder: Path) -> None:
-    edges = {"strategy.layout": "full", "strategy.num_edges": 2, "strategy.edge_rounds": 2}
+    edges = {"strategy.layout": "full", "strategy.num_edges": 2, "strategy.edge_rounds": 2, "strategy.local_steps": 8}
     with Interrupted(folder, {**edges, "trainer.max_epochs": 6}) as run:
         run.strike("train", "edge-0", signal.SIGKILL, 1)
         code = run.ends(START_S)
