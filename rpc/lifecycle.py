@@ -4,7 +4,7 @@
 until all have. Without it a process that fails before it joins (a wrong path on one site, say) would leave the
 others inside RPC's own start, which waits in C++ and hears no signal.
 
-`rpc.shutdown` in its graceful form waits for every peer, so it is used after success only, and with a deadline.
+`stop` ends in the same way: after success, and with a deadline, it waits until all have come.
 """
 
 import dataclasses
@@ -198,18 +198,31 @@ def start(
         rpc.init_rpc(name, rank=address.rank, world_size=address.world_size, rpc_backend_options=options)
 
 
-def stop(*, graceful: bool, timeout_s: float = 10.0) -> None:
+def stop(*, together: bool, timeout_s: float = 10.0) -> None:
     """End RPC in this process.
 
+    Not by the graceful form of ``rpc.shutdown``: it waits for every peer in C++, up to the store's timeout, whatever
+    timeout it is given.
+
     Args:
-        graceful: wait until every peer wants to stop too. Only after success: a dead peer never does.
+        together: first wait until every process has come here. Only after success: a dead peer never comes.
         timeout_s: seconds to wait for that.
     """
-    if graceful:
-        try:
-            rpc.shutdown(graceful=True, timeout=max(1, int(timeout_s)))
-            return
-        except RuntimeError as error:
-            log.warning("peers did not stop together within %.0f s: %s", timeout_s, str(error).splitlines()[0])
-            return  # rpc.shutdown finishes the local part in any case
+    if together and not _all_done(timeout_s):
+        log.warning("the other processes did not end within %.0f s", timeout_s)
     rpc.shutdown(graceful=False)
+
+
+def _all_done(timeout_s: float) -> bool:
+    assert _met is not None, "meet() comes before stop()"
+    store, address = _met
+    deadline = time.monotonic() + timeout_s
+    try:
+        store.set(f"done/{address.rank}", "")
+        while not store.check([f"done/{rank}" for rank in range(address.world_size)]):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_POLL_S)
+    except (RuntimeError, dist.DistError):
+        log.debug("rank 0 has ended already, and it saw everybody first")
+    return True

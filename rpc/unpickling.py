@@ -14,7 +14,7 @@ _PICKLER = rpc_internal._InternalRPCPickler
 
 _ALLOWED = {
     "torch.distributed.rpc.internal": {"PythonUDF", "RemoteException", "_InternalRPCPickler"},
-    # the functions that RPC itself exchanges in its graceful shutdown
+    # the round of messages with which RPC ends its own start
     "torch.distributed.rpc.api": {"_gather_to_leader", "_broadcast_to_followers"},
     "torch": {"Size", "device"},
     "collections": {"OrderedDict"},

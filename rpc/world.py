@@ -203,7 +203,7 @@ class World:
             self._monitor.stop()
             self._monitor = None
         if self.members:
-            lifecycle.stop(graceful=together and not self.board.lost)
+            lifecycle.stop(together=together and not self.board.lost)
             self.members = []
         if self._serving:
             for service in (*self._boards, "pulse"):

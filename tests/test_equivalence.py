@@ -81,7 +81,7 @@ def _world() -> Iterator[None]:
     yield
     for edge in _served:
         remote.withdraw(edge)
-    lifecycle.stop(graceful=True)
+    lifecycle.stop(together=True)
 
 
 class Pair:

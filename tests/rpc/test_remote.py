@@ -81,7 +81,7 @@ def world() -> Iterator[dict[str, "subprocess.Popen[bytes]"]]:
         assert [(member.name, member.rank) for member in members] == [(name, rank) for rank, name in enumerate(NAMES)]
         lifecycle.start("here", transport="uv", num_threads=4, timeout_s=20)
         yield peers
-        lifecycle.stop(graceful=False)
+        lifecycle.stop(together=False)
     finally:
         if before is None:
             del os.environ["TP_SOCKET_IFNAME"]
