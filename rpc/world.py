@@ -53,6 +53,7 @@ class World:
         transport: Transport,
         num_rpc_threads: int,
         check: Callable[[], None] = lambda: None,
+        accept: Callable[[list[Member]], None] = lambda members: None,
         device_maps: Callable[[list[Member]], dict[str, dict[int, int]]] = lambda members: {},
     ) -> None:
         """Meet the other processes and start RPC.
@@ -63,6 +64,7 @@ class World:
             transport: see `elsa_pl.rpc.lifecycle.choose_transport`.
             num_rpc_threads: requests of one peer served at the same time.
             check: called while waiting; may raise.
+            accept: called with the members before RPC starts; may raise.
             device_maps: CUDA device maps from this process, by peer, once the members are known.
 
         Raises:
@@ -78,6 +80,7 @@ class World:
                 "exactly one process must have the role 'cloud'; got "
                 + ", ".join(f"{member.name}: {member.role}" for member in members)
             )
+        accept(members)
         # before RPC starts: a peer that is ready first asks at once
         remote.serve("board", self.board)
         remote.serve("pulse", Pulse())

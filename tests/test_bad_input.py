@@ -324,7 +324,8 @@ def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             site = ["--data.labels", "[l0, l1, l2, l3]", f"{STRATEGY}layout", "site", f"{STRATEGY}role", role]
             processes.append(({key: str(value) for key, value in where.items()}, [*basics(), *site, *extra]))
         cases.append({"name": name, "processes": processes})
-    environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": str(ROOT)}
+    # as train.py sets it before it imports torch
+    environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
     command = [sys.executable, "-c", FORKING, json.dumps(cases)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=90)
     assert sorted(done.stdout.splitlines()) == sorted(

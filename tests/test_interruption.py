@@ -256,8 +256,10 @@ def while_testing(folder: Path) -> None:
 
 
 def killed_first(folder: Path) -> None:
-    with Interrupted(folder, {**LONG, "strategy.num_hosts": 2}) as run:
-        run.until(lambda: run.sign("train", "host-1", 1), "round 1")
+    # in the middle of a long round nobody has anything to ask of the cloud, so they must notice by themselves
+    long = {"strategy.layout": "full", "strategy.local_steps": 5000, "strategy.round_timeout_s": 600}
+    with Interrupted(folder, {**LONG, **long}) as run:
+        run.until(lambda: run.sign("train", "host-0"), "steps")
         assert len(processes(run.mark)) == 3
         run.first.kill()
         assert run.ends(5) == -signal.SIGKILL

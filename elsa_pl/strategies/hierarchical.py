@@ -161,12 +161,11 @@ class HierarchicalStrategy(ParallelStrategy):
             transport=self._transport,
             num_rpc_threads=_RPC_THREADS_PER_CLIENT * self.clients_in_flight + _SPARE_RPC_THREADS,
             check=self._processes.check if self._processes is not None else lambda: None,
+            accept=self._accept,
             device_maps=self._device_maps,
         )
         cast(RoleEnvironment, self.cluster_environment).place(world.rank, len(world.members))
         rank_zero_only.rank = world.rank  # type: ignore[attr-defined]  # Lightning sets it in the same way
-        if self.layout == "site":
-            places.sites(world.members, self._edge_of)  # refuses what does not fit before anything is written
 
     def _launch(self) -> Address:
         names = [name for name, _ in self._layout_processes()]
@@ -197,6 +196,11 @@ class HierarchicalStrategy(ParallelStrategy):
                 " change torchrun's process count or the layout"
             )
         return expected[address.rank]
+
+    def _accept(self, members: list[Member]) -> None:
+        """Refuse sites that do not fit together, before RPC starts and anything is written."""
+        if self.layout == "site":
+            places.sites(members, self._edge_of)
 
     def _device_maps(self, members: list[Member]) -> dict[str, dict[int, int]]:
         """CUDA device maps from this process to its peers; empty unless both tiers are on GPUs."""
