@@ -201,7 +201,8 @@ def interrupt(run: Interrupted, number: signal.Signals) -> None:
 
 def while_importing(folder: Path) -> None:
     with Interrupted(folder, LONG) as run:
-        time.sleep(0.5)
+        maps = Path(f"/proc/{run.first.pid}/maps")  # earlier, it would be Python that is interrupted while it starts
+        run.until(lambda: "libtorch_cpu" in maps.read_text(), "torch is being loaded")
         interrupt(run, signal.SIGINT)
         assert not list(folder.glob("runs/run/*")), "nothing had begun"
 
