@@ -4,6 +4,7 @@ It owns the *global adapters*, which are all that training changes and all that 
 them live with the processes that run them; the strategy places those, and this module says how they are made.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
@@ -28,6 +29,8 @@ from elsa_pl.tiers.client import Clipping
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
 from elsa_pl.tiers.tail import TailModule
+
+log = logging.getLogger(__name__)
 
 OptimizerFactory = Callable[[list[nn.Parameter]], Optimizer]
 
@@ -267,6 +270,8 @@ class SplitModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.trainer.state.fn != TrainerFn.FITTING:  # testing an earlier round does not undo the later ones
             return
+        if not self._strategy.reset_optimizer:
+            log.warning("optimizer states are not in a checkpoint: with reset_optimizer=false they start afresh here")
         totals = checkpoint["elsa_totals"]
         self.num_rounds = totals["num_rounds"]
         self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
