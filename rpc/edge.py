@@ -21,7 +21,7 @@ class Session(Protocol):
 
     def __call__(self, hidden: Tensor, attention_mask: Tensor) -> Tensor: ...
     def computing(self, key: tuple[int | str, ...] | None) -> AbstractContextManager[None]: ...
-    def collect_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None: ...
+    def collect_gradients(self, number: int, gradients: Mapping[Tensor, Tensor]) -> None: ...
     def gradient_norms(self) -> list[float]: ...
     def step_optimizer(self, lr_factor: float, scale: float, clip_value: float | None) -> None: ...
     def adapters(self) -> dict[str, Tensor]: ...
@@ -70,11 +70,14 @@ class EdgeService:
             return out.to(self._wire)
 
     @exposed
-    def collect(self, client: str, context_id: int) -> list[float]:
-        """Take over the gradients of a finished backward pass; returns the norms of all collected so far."""
-        session = self.sessions[client]
-        session.collect_gradients(dist_autograd.get_gradients(context_id))
-        return session.gradient_norms()
+    def collect(self, client: str, number: int, context_id: int) -> None:
+        """Keep the gradients of a finished backward pass, which is number ``number`` of the client's step."""
+        self.sessions[client].collect_gradients(number, dist_autograd.get_gradients(context_id))
+
+    @exposed
+    def gradient_norms(self, client: str) -> list[float]:
+        """Norms of the summed gradients of the client's step."""
+        return self.sessions[client].gradient_norms()
 
     @exposed
     def step_optimizer(self, client: str, lr_factor: float, scale: float, clip_value: float | None) -> None:
@@ -83,9 +86,9 @@ class EdgeService:
 
     @exposed
     def collect_and_step(self, client: str, context_id: int, lr_factor: float, clip_value: float | None) -> None:
-        """Both in one call, for a step of one micro-batch without clipping by norm."""
+        """Both in one call, for a step of one pass without clipping by norm."""
         session = self.sessions[client]
-        session.collect_gradients(dist_autograd.get_gradients(context_id))
+        session.collect_gradients(0, dist_autograd.get_gradients(context_id))
         session.step_optimizer(lr_factor, 1.0, clip_value)
 
     @exposed

@@ -70,6 +70,23 @@ class RoundReport:
 
 
 @dataclass(frozen=True)
+class ProgressReport:
+    """How far the clients of a process are in a round.
+
+    Attributes:
+        round: the global round.
+        steps: client steps done.
+        clients_done: clients that have done all their steps.
+        loss_sum: training loss, summed over the steps.
+    """
+
+    round: int
+    steps: int
+    clients_done: int
+    loss_sum: float
+
+
+@dataclass(frozen=True)
 class Failure:
     """An exception on the far side, as text: exception classes do not travel.
 

@@ -21,9 +21,10 @@ from elsa_pl.partition import SplitPlan, cut, replicate
 from elsa_pl.rpc import lifecycle, remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.lifecycle import Address
-from elsa_pl.tiers.client import Client, Clipping, EdgeAddress
+from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.step import Clipping, Step, StepResult, StepSettings
 from elsa_pl.tiers.tail import TailModule
 from elsa_pl.tiers.tier import Tier
 from tests.runs import assert_close, assert_equal, moved
@@ -125,7 +126,14 @@ class Pair:
     def split_step(
         self, batches: Sequence[Mapping[str, Tensor]], step: int = 0, clipping: Clipping = UNCLIPPED
     ) -> float:
-        return self.client.step(batches, place=(SEED, ROUND, step), lr_factor=1.0, clipping=clipping).loss
+        return self.step(batches, step=step, clipping=clipping).loss
+
+    def step(self, batches: Sequence[Mapping[str, Tensor]], *, backwards: bool = False, **settings: Any) -> StepResult:
+        """One step whose passes run one after the other."""
+        step = Step(self.client, batches, StepSettings(seed=SEED, round=ROUND, **settings))
+        order = range(len(step))[:: -1 if backwards else 1]
+        (result,) = [result for number in order if (result := step.run(number)) is not None]
+        return result
 
     def uncut_step(
         self, batches: Sequence[Mapping[str, Tensor]], step: int = 0, clipping: Clipping = UNCLIPPED
@@ -193,6 +201,37 @@ def test_steps_are_those_of_the_uncut_model(family: str, task: Task, dropout: fl
 def test_accumulated_batches_make_one_step(family: str, task: Task, count: int) -> None:
     pair = Pair(family, task, dropout=0.2)
     pair.assert_same_steps([[make_batch(task, count * step + k) for k in range(count)] for step in range(2)])
+
+
+@pytest.mark.parametrize("clipping", [UNCLIPPED, Clipping(norm=0.05)], ids=repr)
+@pytest.mark.parametrize("count", [2, 3, 5])
+@pytest.mark.parametrize(("family", "task"), FAMILIES)
+def test_micro_batches_make_the_step_of_the_whole_batch(
+    family: str, task: Task, count: int, clipping: Clipping
+) -> None:
+    """Also where their texts are cut to other lengths, and where the loss is a mean over tokens."""
+    pair = Pair(family, task)
+    batches = [make_batch(task, seed) for seed in range(2)]
+    result = pair.step(batches, step=0, clipping=clipping, micro_batches=count, causal_lm=task == "causal_lm")
+    assert result.loss == pytest.approx(pair.uncut_step(batches, clipping=clipping), rel=1e-6)
+    assert result.num_examples == 6
+    whole = pair.uncut_gradients()
+    scale = max(gradient.abs().max().item() for gradient in whole.values())
+    assert_close(pair.split_gradients(), whole, atol=1e-5 * scale)
+
+
+def test_passes_that_end_in_another_order_give_the_same_bits() -> None:
+    settings: dict[str, Any] = {"micro_batches": 3, "clipping": Clipping(norm=0.05)}
+    outcomes = []
+    for backwards in (False, True):
+        pair = Pair("bert", "classification", dropout=0.3)
+        steps = range(3)
+        losses = [
+            pair.step([make_batch("classification", s)], step=s, backwards=backwards, **settings).loss for s in steps
+        ]
+        outcomes.append((losses, pair.split_adapters()))
+    assert outcomes[0][0] == outcomes[1][0]
+    assert_equal(outcomes[0][1], outcomes[1][1])
 
 
 @pytest.mark.parametrize("clipping", [Clipping(norm=0.05), Clipping(norm=1e6), Clipping(value=1e-3)], ids=repr)
@@ -268,7 +307,7 @@ def test_the_schedules_factor_scales_the_learning_rate_of_every_part() -> None:
     moves = []
     for pair, factor in ((half, 0.5), (full, 1.0)):
         before = pair.split_adapters()
-        pair.client.step(batch, place=(SEED, ROUND, 0), lr_factor=factor, clipping=UNCLIPPED)
+        pair.step(batch, step=0, lr_factor=factor)
         moves.append({name: value - before[name] for name, value in pair.split_adapters().items()})
     assert_close({name: 2 * value for name, value in moves[0].items()}, moves[1], atol=1e-6)
     assert all(value.abs().max() > 1e-3 for value in moves[1].values())
@@ -280,7 +319,7 @@ def test_a_diverged_loss_steps_nothing() -> None:
     pair.client.tail.load(broken)
     before = pair.session.adapters()
     with pytest.raises(TrainingDiverged, match=r"client-0 is nan in round 2, step 7"):
-        pair.client.step([batch], place=(SEED, ROUND, 7), lr_factor=1.0, clipping=UNCLIPPED)
+        pair.step([batch], step=7)
     assert_equal(pair.session.adapters(), before)
 
 

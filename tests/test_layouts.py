@@ -88,9 +88,9 @@ def test_torchrun_gives_the_same_numbers(tmp_path: Path, settings: Settings, sin
     assert_same_run(run, single)
 
 
-def test_clients_in_flight_do_not_change_the_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+def test_passes_in_flight_do_not_change_the_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
     """Threads share nothing that they draw from or write to."""
-    run = run_here(tmp_path, "run", {**settings, "strategy.clients_in_flight": 1})
+    run = run_here(tmp_path, "run", {**settings, "strategy.passes_in_flight": 1})
     assert_same_run(run, single)
 
 

@@ -1,4 +1,4 @@
-"""A crew of threads for the clients that step at the same time.
+"""A crew of threads for the passes that are in flight at the same time.
 
 The threads are daemons and live as long as the strategy: `concurrent.futures` joins its threads when the interpreter
 exits, and one that waits for a dead edge would hold the process until the call's deadline.
@@ -27,7 +27,7 @@ class Crew:
         self._jobs: queue.SimpleQueue[tuple[Callable[[Any], Any], Any, int, queue.SimpleQueue[Any]] | None]
         self._jobs = queue.SimpleQueue()
         self._threads = [
-            threading.Thread(target=self._work, name=f"elsa-client-{index}", daemon=True) for index in range(size)
+            threading.Thread(target=self._work, name=f"elsa-pass-{index}", daemon=True) for index in range(size)
         ]
         for thread in self._threads:
             thread.start()
@@ -40,10 +40,20 @@ class Crew:
             except Exception as error:
                 results.put((index, None, error))
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item]) -> list[Result | Exception]:
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        watch: Callable[[Item, Result | Exception], None] = lambda item, result: None,
+    ) -> list[Result | Exception]:
         """Results in the order of ``items``; an exception stands in the place of its result.
 
         The caller waits in short slices, so that signals are heard.
+
+        Args:
+            function: called on a thread of the crew.
+            items: its arguments.
+            watch: called on the caller's thread with each item and its result, in the order in which they end.
         """
         results: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for index, item in enumerate(items):
@@ -56,6 +66,7 @@ class Crew:
             except queue.Empty:
                 continue
             gathered[index] = value if error is None else error
+            watch(items[index], gathered[index])
             missing -= 1
         return gathered
 

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, ElsaError, LaunchError, RunFailed
 from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
-from elsa_pl.rpc import lifecycle
+from elsa_pl.rpc import lifecycle, remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.lifecycle import Address, Transport
 from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
+from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
 from elsa_pl.strategies.checks import check_device, refuse_unsupported
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
@@ -33,7 +34,7 @@ from elsa_pl.tiers.client import Client, EdgeAddress
 
 log = logging.getLogger(__name__)
 
-_RPC_THREADS_PER_CLIENT = 2
+_RPC_THREADS_PER_PASS = 2
 _SPARE_RPC_THREADS = 8
 
 
@@ -52,7 +53,9 @@ class HierarchicalStrategy(ParallelStrategy):
         aggregator: name of the mean, one of `elsa_pl.functional.aggregation.AGGREGATORS`.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
-        clients_in_flight: clients of a host that step at the same time.
+        passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
+            or of the micro-batches of one.
+        micro_batches: parts that each batch is cut into; raise it where a host has fewer clients than passes in flight.
         edge_of: client to edge; the others are dealt to the edges in turn.
         role: this process' role, in ``site``.
         name: this process' name, in ``site``; a host's name is its client's.
@@ -77,7 +80,8 @@ class HierarchicalStrategy(ParallelStrategy):
         participation: float = 1.0,
         aggregator: str = "mean",
         reset_optimizer: bool = True,
-        clients_in_flight: int = 4,
+        passes_in_flight: int = 4,
+        micro_batches: int = 1,
         edge_of: dict[str, str] | None = None,
         role: Role | None = None,
         name: str | None = None,
@@ -96,7 +100,8 @@ class HierarchicalStrategy(ParallelStrategy):
             "num_hosts": num_hosts,
             "edge_rounds": edge_rounds,
             "local_steps": local_steps,
-            "clients_in_flight": clients_in_flight,
+            "passes_in_flight": passes_in_flight,
+            "micro_batches": micro_batches,
             "threads_per_process": threads_per_process,
         }
         for setting, value in counts.items():
@@ -121,7 +126,7 @@ class HierarchicalStrategy(ParallelStrategy):
         self.num_edges, self.num_hosts = num_edges, num_hosts
         self.edge_rounds, self.local_steps, self.participation = edge_rounds, local_steps, participation
         self.aggregator, self.reset_optimizer = aggregator, reset_optimizer
-        self.clients_in_flight = clients_in_flight
+        self.passes_in_flight, self.micro_batches = passes_in_flight, micro_batches
         self._edge_of = edge_of or {}
         self._role, self._name = role, CLOUD if role == "cloud" and name is None else name
         self.client_device, self.edge_device = torch.device(client_device), torch.device(edge_device)
@@ -159,7 +164,7 @@ class HierarchicalStrategy(ParallelStrategy):
             address,
             startup_timeout_s=self._startup_timeout_s,
             transport=self._transport,
-            num_rpc_threads=_RPC_THREADS_PER_CLIENT * self.clients_in_flight + _SPARE_RPC_THREADS,
+            num_rpc_threads=_RPC_THREADS_PER_PASS * self.passes_in_flight + _SPARE_RPC_THREADS,
             check=self._processes.check if self._processes is not None else lambda: None,
             accept=self._accept,
             device_maps=self._device_maps,
@@ -234,6 +239,7 @@ class HierarchicalStrategy(ParallelStrategy):
         if self._rounds is not None:
             self._rounds.dismiss()
             self._rounds = None
+            remote.withdraw(progress.SERVICE)
         if self._world is not None:
             self._world.leave(success=success)
         if self._processes is not None:
@@ -401,7 +407,25 @@ class HierarchicalStrategy(ParallelStrategy):
             )
         sizes = {name: datamodule.client_sizes[name] for name in clients}
         module.forget_base_model()
-        return Rounds(world, topology, clients, sizes, edges, self.aggregate, self.clients_in_flight)
+        if self.is_global_zero:
+            remote.serve(progress.SERVICE, progress.ProgressDesk(self._show_progress))
+        reporter = progress.ProgressReporter(world, self.steps_per_round)
+        return Rounds(world, topology, clients, sizes, edges, self.aggregate, self.passes_in_flight, reporter)
+
+    def _show_progress(self, round_number: int, steps: int, clients: int, loss: float) -> None:
+        """Hand on to the callbacks that have ``on_client_progress`` how far the clients are."""
+        trainer, participants = self._module.trainer, self.participants(round_number)
+        for callback in trainer.callbacks:
+            hook = getattr(callback, "on_client_progress", None)
+            if hook is not None:
+                hook(
+                    trainer,
+                    steps_done=steps,
+                    steps_total=len(participants) * self.steps_per_round,
+                    clients_done=clients,
+                    num_clients=len(participants),
+                    loss=loss,
+                )
 
     def publish(self) -> None:
         """The cloud's adapters become everybody's: the module's, the clients' and the sessions'."""

@@ -16,18 +16,23 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from elsa_pl.errors import RemoteError, RunFailed
+from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.rpc import remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.messages import RoundReport, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies.crew import Crew
+from elsa_pl.strategies.progress import ProgressReporter
 from elsa_pl.strategies.topology import Topology
-from elsa_pl.tiers.client import Client, Clipping, StepResult
+from elsa_pl.tiers.client import Batch, Client
+from elsa_pl.tiers.step import Step, StepResult, StepSettings
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +45,14 @@ def board_of(edge: str) -> str:
     return f"{edge}/board"
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """The pipeline's output on a batch: mean ``loss``, None without labels, and ``logits`` in the order of its rows."""
+
+    loss: Tensor | None
+    logits: Tensor
+
+
 class Rounds:
     """The part of one process in the rounds.
 
@@ -50,7 +63,8 @@ class Rounds:
         client_sizes: training examples of each, their weight in the means.
         edges: the edges of this process.
         aggregate: the strategy's aggregation hook.
-        clients_in_flight: clients that step at the same time.
+        passes_in_flight: passes that this process' clients run at the same time.
+        reporter: tells the cloud how far the clients are.
     """
 
     def __init__(
@@ -61,11 +75,13 @@ class Rounds:
         client_sizes: Mapping[str, int],
         edges: dict[str, EdgeService],
         aggregate: Aggregate,
-        clients_in_flight: int,
+        passes_in_flight: int,
+        reporter: ProgressReporter,
     ) -> None:
         self.world, self.topology, self.clients, self.edges = world, topology, clients, edges
         self._sizes, self._aggregate = client_sizes, aggregate
-        self._crew = Crew(min(clients_in_flight, len(clients)))
+        self._in_flight, self._reporter = passes_in_flight, reporter
+        self._crew = Crew(passes_in_flight if clients else 0)
         self._given_up: set[str] = set()
         self._traffic: Counter[str] = Counter()
         self._seconds: dict[str, float] = {"steps": 0.0, "aggregation": 0.0}
@@ -106,46 +122,58 @@ class Rounds:
         for session in self._sessions():
             session.reset_optimizer()
 
-    def run_steps(
-        self,
-        batches: Mapping[str, Sequence[Mapping[str, Tensor]]],
-        place: tuple[int, int, int],
-        lr_factor: float,
-        clipping: Clipping,
-    ) -> None:
-        """One local step of each client in ``batches``, several at a time.
+    def run_steps(self, batches: Mapping[str, Sequence[Batch]], settings: StepSettings) -> None:
+        """One local step of each client in ``batches``, several passes at a time.
 
         A client whose edge is gone is given up with a warning; any other exception ends the run.
         """
         start = time.monotonic()
-        active = [name for name in batches if name not in self._given_up]
+        clients = [name for name in batches if name not in self._given_up]
+        steps = {name: Step(self.clients[name], batches[name], settings) for name in clients}
+        passes = [(name, number) for name, step in steps.items() for number in range(len(step))]
 
-        def step(name: str) -> StepResult:
-            return self.clients[name].step(batches[name], place=place, lr_factor=lr_factor, clipping=clipping)
+        def run(place: tuple[str, int]) -> StepResult | None:
+            name, number = place
+            return steps[name].run(number)
 
-        for name, result in zip(active, self._crew.map(step, active), strict=True):
-            if isinstance(result, RemoteError) and not result.kind:
-                self._give_up(name, str(result))
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                self._results.append(result)
+        def watch(place: tuple[str, int], outcome: StepResult | Exception | None) -> None:
+            if isinstance(outcome, StepResult):
+                self._reporter.step_done(settings.round, place[0], outcome.loss)
+
+        for (name, _), outcome in zip(passes, self._crew.map(run, passes, watch), strict=True):
+            if isinstance(outcome, RemoteError) and not outcome.kind:
+                if name not in self._given_up:
+                    self._give_up(name, str(outcome))
+            elif isinstance(outcome, Exception):
+                raise outcome
+            elif outcome is not None:
+                self._results.append(outcome)
         self._seconds["steps"] += time.monotonic() - start
 
-    def evaluate(self, batch: Mapping[str, Tensor], index: int) -> Any:
-        """The pipeline's output on a batch of evaluation data; this process' clients take turns.
+    def evaluate(self, batch: Batch, index: int) -> Evaluation:
+        """What the pipeline says of a batch of evaluation data; this process' clients share its rows.
+
+        Args:
+            batch: as for training; ``labels`` may be missing.
+            index: number of the batch; decides which clients take part.
 
         Raises:
             RunFailed: no client of this process has an edge any more.
         """
+        rows = torch.tensor_split(torch.arange(len(batch["input_ids"])), self._in_flight)
+        shares = [{name: value[some] for name, value in batch.items()} for some in rows if len(some)]
         while names := [name for name in self.clients if name not in self._given_up]:
-            name = names[index % len(names)]
-            try:
-                return self.clients[name].evaluate(batch)
-            except RemoteError as error:
-                if error.kind:
-                    raise
-                self._give_up(name, str(error))
+            first = index * self._in_flight
+            jobs = [(names[(first + offset) % len(names)], share) for offset, share in enumerate(shares)]
+            outputs = self._crew.map(lambda job: self.clients[job[0]].evaluate(job[1]), jobs)
+            if not any(isinstance(output, Exception) for output in outputs):
+                return _join(shares, outputs)
+            for (name, _), output in zip(jobs, outputs, strict=True):
+                if isinstance(output, RemoteError) and not output.kind:
+                    if name not in self._given_up:
+                        self._give_up(name, str(output))
+                elif isinstance(output, Exception):
+                    raise output
         raise RunFailed(f"{self.world.worker} cannot evaluate: none of its clients has an edge left")
 
     def _give_up(self, client: str, reason: str) -> None:
@@ -271,6 +299,18 @@ class Rounds:
         self._results, self._traffic = [], Counter()
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return report
+
+
+def _join(shares: Sequence[Batch], outputs: Sequence[Any]) -> Evaluation:
+    """Put the outputs on the shares of a batch together."""
+    logits = torch.cat([output.logits.float().cpu() for output in outputs])
+    if "labels" not in shares[0]:
+        return Evaluation(None, logits)
+    by_token = shares[0]["labels"].ndim == 2
+    counts = torch.tensor([num_targets(share) if by_token else len(share["labels"]) for share in shares])
+    losses = torch.stack([output.loss.float().cpu() for output in outputs])
+    # a share without anything to predict has no loss: nan
+    return Evaluation((losses.nan_to_num() * counts).sum() / counts.sum(), logits)
 
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:

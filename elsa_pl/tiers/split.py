@@ -20,14 +20,15 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
 from elsa_pl.partition import Part, SplitPlan, check_cut, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
-from elsa_pl.tiers.client import Clipping
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
 
 log = logging.getLogger(__name__)
@@ -228,7 +229,16 @@ class SplitModel(L.LightningModule):
         """One local step of each client in ``batch``."""
         scheduler: Any = self.lr_schedulers()
         factor = scheduler.lr_lambdas[0](scheduler.last_epoch)
-        self._strategy.rounds.run_steps(batch, (self.seed, self.current_epoch, batch_idx), factor, self.clipping)
+        settings = StepSettings(
+            seed=self.seed,
+            round=self.current_epoch,
+            step=batch_idx,
+            lr_factor=factor,
+            clipping=self.clipping,
+            micro_batches=self._strategy.micro_batches,
+            causal_lm=self.task == "causal_lm",
+        )
+        self._strategy.rounds.run_steps(batch, settings)
         optimizer: Any = self.optimizers()
         optimizer.step()  # no gradients: it counts the step, which ModelCheckpoint and loggers go by
         scheduler.step()
@@ -309,11 +319,11 @@ class SplitModel(L.LightningModule):
             return
         output = self._strategy.rounds.evaluate(batch, batch_idx)
         labels = batch["labels"]
-        count = int((labels[:, 1:] != -100).sum()) if self.task == "causal_lm" else len(labels)
+        count = num_targets(batch) if self.task == "causal_lm" else len(labels)
         metrics = self._metrics[stage]
-        metrics["loss"].update(output.loss.float().cpu(), weight=count)
+        metrics["loss"].update(output.loss, weight=count)
         if "scores" in metrics:
-            metrics["scores"].update(output.logits.float().cpu(), labels)
+            metrics["scores"].update(output.logits, labels)
 
     def on_validation_epoch_end(self) -> None:
         self._summarise("val")

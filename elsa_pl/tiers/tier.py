@@ -47,7 +47,8 @@ class Tier(L.LightningModule):
         self._make_optimizer = make_optimizer
         self._precision = precision
         self._trained = list(part.adapters().values())
-        self._pending: list[Tensor | None] = [None] * len(self._trained)
+        # by number of the pass: the passes of a step end in any order, and sums are made in order
+        self._collected: dict[int, list[Tensor | None]] = {}
         self.reset_optimizer()
 
     def reset_optimizer(self) -> None:
@@ -68,22 +69,30 @@ class Tier(L.LightningModule):
                 stack.enter_context(dropout_key(*key))
             yield
 
-    def collect_gradients(self, gradients: Mapping[Tensor, Tensor]) -> None:
-        """Add the gradients of one backward pass to those of the step.
+    def collect_gradients(self, number: int, gradients: Mapping[Tensor, Tensor]) -> None:
+        """Keep the gradients of one pass of the step.
 
         Args:
+            number: of the pass in the step.
             gradients: parameter to gradient, as `torch.distributed.autograd.get_gradients` returns them.
         """
-        for index, parameter in enumerate(self._trained):
-            gradient = gradients.get(parameter)
-            if gradient is not None:
-                before = self._pending[index]
-                # the context frees its gradients with itself, so a sum of our own is what stays
-                self._pending[index] = gradient.clone() if before is None else before + gradient
+        found = [gradients.get(parameter) for parameter in self._trained]
+        # copies, because the autograd context frees its gradients with itself
+        self._collected[number] = [None if gradient is None else gradient.clone() for gradient in found]
+
+    def _summed(self) -> list[Tensor | None]:
+        """The gradients of the step for each adapter: sums over the passes, always in the same order."""
+        total: list[Tensor | None] = [None] * len(self._trained)
+        for number in sorted(self._collected):
+            for index, gradient in enumerate(self._collected[number]):
+                if gradient is not None:
+                    before = total[index]
+                    total[index] = gradient if before is None else before + gradient
+        return total
 
     def gradient_norms(self) -> list[float]:
-        """Euclidean norms of the collected gradients, one for each adapter that has one."""
-        gradients = [gradient for gradient in self._pending if gradient is not None]
+        """Euclidean norms of the step's gradients, one for each adapter that has one."""
+        gradients = [gradient for gradient in self._summed() if gradient is not None]
         if not gradients:
             return []
         norms: list[float] = torch.stack(torch._foreach_norm(gradients)).tolist()
@@ -99,7 +108,7 @@ class Tier(L.LightningModule):
         """
         if self._optimizer is None:
             return
-        for parameter, gradient in zip(self._trained, self._pending, strict=True):
+        for parameter, gradient in zip(self._trained, self._summed(), strict=True):
             if gradient is not None and scale != 1.0:
                 gradient = gradient * scale
             if gradient is not None and clip_value is not None:
@@ -109,7 +118,7 @@ class Tier(L.LightningModule):
             group["lr"] = initial * lr_factor
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        self._pending = [None] * len(self._trained)
+        self._collected = {}
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters on the CPU, by global layer name."""

@@ -1,4 +1,4 @@
-"""Threads for the clients in flight."""
+"""Threads for the passes in flight."""
 
 import threading
 import time
@@ -9,7 +9,7 @@ from elsa_pl.strategies.crew import Crew
 
 
 def crew_threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name.startswith("elsa-client-")]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("elsa-pass-")]
 
 
 def test_order_of_results() -> None:
