@@ -24,6 +24,8 @@ Batch = dict[str, Tensor]
 
 Indices = npt.NDArray[np.int64]
 
+_BATCHES_SORTED_TOGETHER: Final = 8
+
 IGNORE_INDEX: Final = -100
 """The label of padding in causal language modelling, which the loss leaves out."""
 
@@ -103,20 +105,24 @@ def tokenize(
 class BatchOrder:
     """The endless sequence of a client's batches: one permutation of its examples after another.
 
+    Texts of like length come together, so that little is spent on padding: of each stretch of the permutation that
+    is some batches long, the examples are sorted by length, and the batches that this gives are shuffled.
+
     A batch may take the end of one pass and the beginning of the next. The examples that it already has from
     the end are then put behind the beginning, so that none is in a batch twice. A client with fewer examples
     than ``batch_size`` has batches of all its examples.
 
     Args:
-        num_examples: of the client, >= 1.
+        lengths: tokens of each of the client's examples.
         batch_size: >= 1.
         seed: of the run.
         client: its name; the order depends on it.
     """
 
-    def __init__(self, num_examples: int, batch_size: int, seed: int, client: str) -> None:
-        self._num_examples = num_examples
-        self._batch_size = min(batch_size, num_examples)
+    def __init__(self, lengths: Indices, batch_size: int, seed: int, client: str) -> None:
+        self._lengths = lengths
+        self._num_examples = len(lengths)
+        self._batch_size = min(batch_size, len(lengths))
         self._seed = seed
         self._client = client
         self._last: tuple[int, Indices] | None = None
@@ -134,20 +140,33 @@ class BatchOrder:
             # A pass that begins with a new batch depends on nothing; there is one in every ``cycle``.
             cycle = self._batch_size // math.gcd(self._num_examples, self._batch_size)
             first = number - number % cycle
-            self._last = (first, self._permutation(first))
+            self._last = (first, self._group(*self._permutation(first)))
         while self._last[0] < number:
             current, previous = self._last[0] + 1, self._last[1]
-            order = self._permutation(current)
+            order, draws = self._permutation(current)
+            head = order[:0]
             if begun := current * self._num_examples % self._batch_size:
                 fresh = ~np.isin(order, previous[-begun:])
                 head = order[fresh][: self._batch_size - begun]
-                order = np.concatenate([head, order[~np.isin(order, head)]])
-            self._last = (current, order)
+                order = order[~np.isin(order, head)]
+            self._last = (current, np.concatenate([head, self._group(order, draws)]))
         return self._last[1]
 
-    def _permutation(self, number: int) -> Indices:
-        seed = derive_seed(self._seed, "batches", self._client, number)
-        return np.random.default_rng(seed).permutation(self._num_examples)
+    def _permutation(self, number: int) -> tuple[Indices, np.random.Generator]:
+        draws = np.random.default_rng(derive_seed(self._seed, "batches", self._client, number))
+        return draws.permutation(self._num_examples), draws
+
+    def _group(self, order: Indices, draws: np.random.Generator) -> Indices:
+        """Bring examples of like length together, in whole batches; the rest of the pass stays at its end."""
+        whole = len(order) - len(order) % self._batch_size
+        # at least two stretches, since one that is the whole pass would give the same batches every time
+        stretch = self._batch_size * max(1, min(_BATCHES_SORTED_TOGETHER, len(order) // self._batch_size // 2))
+        batches: list[Indices] = []
+        for start in range(0, whole, stretch):
+            part = order[start : min(start + stretch, whole)]
+            part = part[np.argsort(self._lengths[part], kind="stable")]
+            batches += np.split(part, len(part) // self._batch_size)
+        return np.concatenate([*(batches[index] for index in draws.permutation(len(batches))), order[whole:]])
 
 
 def _pad(rows: list[list[int]], value: int) -> Tensor:

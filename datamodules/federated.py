@@ -298,8 +298,9 @@ class FederatedTextDataModule(L.LightningDataModule):
             raise ValueError(f"expected client to be one of {', '.join(loaded.parts)}, got {client}: correct it")
         if client not in self._orders:
             part = loaded.parts[client]
-            self._train_tokens[client] = self._tokenize(loaded.rows["train"].take(part), client)
-            self._orders[client] = BatchOrder(len(part), self.batch_size, self.seed, client)
+            tokens = self._tokenize(loaded.rows["train"].take(part), client)
+            self._train_tokens[client] = tokens
+            self._orders[client] = BatchOrder(tokens.lengths(), self.batch_size, self.seed, client)
         return self._train_tokens[client].batch(self._orders[client].rows(index))
 
     def eval_batches(self, split: EvalSplit, shard: int = 0, num_shards: int = 1) -> list[Batch]:

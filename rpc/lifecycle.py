@@ -7,10 +7,12 @@ others inside RPC's own start, which waits in C++ and hears no signal.
 `stop` ends in the same way: after success, and with a deadline, it waits until all have come.
 """
 
+import ctypes
 import dataclasses
 import json
 import logging
 import os
+import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -160,6 +162,18 @@ def _reuse_store(url: str, **_: object) -> Iterator[tuple[dist.Store, int, int]]
 dist.register_rendezvous_handler("elsa", _reuse_store)
 
 
+def _limit_memory() -> None:
+    """Let all threads share two heaps.
+
+    A pass runs on whichever of RPC's threads is free, and glibc gives each thread a heap of its own and keeps what was
+    freed there: after some rounds every heap has grown to the size of a pass (2.4 GB instead of 0.9 for one client).
+    ``MALLOC_ARENA_MAX`` in the environment decides, if it is there.
+    """
+    m_arena_max, num_heaps = -8, 2  # from malloc.h
+    if platform.libc_ver()[0] == "glibc" and "MALLOC_ARENA_MAX" not in os.environ:
+        ctypes.CDLL(None).mallopt(m_arena_max, num_heaps)
+
+
 def start(
     name: str,
     *,
@@ -178,6 +192,7 @@ def start(
         device_maps: for each peer, which CUDA device here is which CUDA device there.
     """
     unpickling.install()
+    _limit_memory()
     options = rpc.TensorPipeRpcBackendOptions(
         num_worker_threads=num_threads,
         rpc_timeout=timeout_s,
