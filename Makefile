@@ -27,8 +27,8 @@ check: $(VENV)/.dev ## lint, formatting and types
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
 
-bench: $(VENV)/.run ## time one training step, split and uncut
-	$(VENV)/bin/python -m benchmarks.step_overhead
+bench: $(VENV)/.run ## measure speed and memory, against the uncut model and torch's own pipeline
+	$(VENV)/bin/python -m benchmarks.speed
 
 clean: ## remove the environment and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -7,11 +7,9 @@ needs beyond the uncut one is Lightning, RPC to itself, remote autograd, two opt
 Repeats alternate between the two, since timings on a shared machine drift.
 """
 
-import json
 import statistics
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -58,7 +56,8 @@ def uncut_step_s(module: SplitModel, batches: list[dict[str, torch.Tensor]]) -> 
     return (time.perf_counter() - start) / len(batches)
 
 
-def main() -> None:
+def measure() -> dict[str, float]:
+    """Milliseconds of a client step, split and uncut, and their difference: medians of the repeats."""
     torch.set_num_threads(1)
     data = FederatedTextDataModule(
         dataset="bundled:helpdesk",
@@ -89,18 +88,14 @@ def main() -> None:
     uncut = [uncut_step_s(module, batches) * 1e3 for _ in range(REPEATS + 1)][1:]
     steps = NUM_CLIENTS * NUM_STEPS
     split = [sum(times.seconds[i::REPEATS]) / NUM_ROUNDS / steps * 1e3 for i in range(REPEATS)]
-    result = {
+    return {
         "split_step_ms": round(statistics.median(split), 2),
         "uncut_step_ms": round(statistics.median(uncut), 2),
         "single_overhead_ms": round(statistics.median(split) - statistics.median(uncut), 2),
     }
-    print(
-        f"{NUM_ROUNDS} rounds x {NUM_CLIENTS} clients x {NUM_STEPS} steps, medians of {REPEATS} repeats, milliseconds"
-    )
-    for name, value in result.items():
-        print(f"  {name:<20}{value:8.2f}")
-    Path("bench.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    print(f"{NUM_ROUNDS} rounds x {NUM_CLIENTS} clients x {NUM_STEPS} steps, medians of {REPEATS} repeats")
+    for name, value in measure().items():
+        print(f"  {name:<20}{value:8.2f} ms")

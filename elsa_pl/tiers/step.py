@@ -114,7 +114,7 @@ class Step:
         batch, share = self._passes[number]
         with dist_autograd.context() as context_id:
             loss = client.forward(batch, (settings.seed, settings.round, client.name, settings.step, number)).loss
-            value = float(loss)
+            value: float = loss.item()
             if not math.isfinite(value):
                 raise TrainingDiverged(
                     f"the loss of {client.name} is {value} in round {settings.round}, step {settings.step}: lower the"
