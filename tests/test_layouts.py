@@ -22,6 +22,7 @@ SETTINGS = {
     "strategy.num_edges": 2,
     "strategy.edge_rounds": 2,
     "strategy.participation": 0.75,
+    "strategy.micro_batches": 2,
     "model.lora": {"dropout": 0.1},
     "model.gradient_clip_val": 0.5,
     "model.accumulate_grad_batches": 2,

@@ -36,6 +36,8 @@ from elsa_pl.tiers.step import Step, StepResult, StepSettings
 
 log = logging.getLogger(__name__)
 
+_EVALUATED_TOGETHER = 16  # texts; small enough that a batch keeps several passes in flight
+
 Scope = Literal["edge", "cloud"]
 Aggregate = Callable[[Scope, list[Update]], dict[str, Tensor] | None]
 
@@ -80,7 +82,7 @@ class Rounds:
     ) -> None:
         self.world, self.topology, self.clients, self.edges = world, topology, clients, edges
         self._sizes, self._aggregate = client_sizes, aggregate
-        self._in_flight, self._reporter = passes_in_flight, reporter
+        self._reporter = reporter
         self._crew = Crew(passes_in_flight if clients else 0)
         self._given_up: set[str] = set()
         self._traffic: Counter[str] = Counter()
@@ -160,11 +162,10 @@ class Rounds:
         Raises:
             RunFailed: no client of this process has an edge any more.
         """
-        rows = torch.tensor_split(torch.arange(len(batch["input_ids"])), self._in_flight)
-        shares = [{name: value[some] for name, value in batch.items()} for some in rows if len(some)]
+        rows = torch.split(torch.arange(len(batch["input_ids"])), _EVALUATED_TOGETHER)
+        shares = [{name: value[some] for name, value in batch.items()} for some in rows]
         while names := [name for name in self.clients if name not in self._given_up]:
-            first = index * self._in_flight
-            jobs = [(names[(first + offset) % len(names)], share) for offset, share in enumerate(shares)]
+            jobs = [(names[(index + offset) % len(names)], share) for offset, share in enumerate(shares)]
             outputs = self._crew.map(lambda job: self.clients[job[0]].evaluate(job[1]), jobs)
             if not any(isinstance(output, Exception) for output in outputs):
                 return _join(shares, outputs)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
 from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
+from elsa_pl.tiers.tier import PrecisionContext
 
 log = logging.getLogger(__name__)
 
@@ -178,15 +180,20 @@ class SplitModel(L.LightningModule):
     def make_ends(self, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
         """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
         front, _, tail = self._parts_for(plan)
-        shared = (self.make_optimizer, self.trainer.precision_plugin.forward_context, device)
+        shared = (self.make_optimizer, self._precision_on(device), device)
         return FrontModule(replicate(front), *shared), TailModule(replicate(tail), *shared)
 
     def make_middle(self, plan: SplitPlan, device: torch.device) -> MiddleModule:
         """A client's session at its edge."""
         _, middle, _ = self._parts_for(plan)
-        return MiddleModule(
-            replicate(middle), self.make_optimizer, self.trainer.precision_plugin.forward_context, device
-        )
+        return MiddleModule(replicate(middle), self.make_optimizer, self._precision_on(device), device)
+
+    def _precision_on(self, device: torch.device) -> PrecisionContext:
+        """The Trainer's precision, on a tier's device: the Trainer's own plugin knows the CPU only."""
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision):
+            plugin = MixedPrecision("bf16-mixed", device.type)  # the only mixed precision that is not refused
+        return plugin.forward_context
 
     def forget_base_model(self) -> None:
         """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
