@@ -1,6 +1,6 @@
 """How far the clients are, told to the cloud while a round is under way: only its terminal has somebody before it.
 
-A host sends a few numbers at most twice a second. Nothing waits for them and nothing depends on them, so a message that
+A host sends a few numbers twice a second, and when a client has done its round. Nothing waits for them and nothing depends on them, so a message that
 is lost is no error.
 """
 
@@ -44,7 +44,7 @@ class ProgressReporter:
         self._steps[client] += 1
         self._loss_sum += loss
         now = time.monotonic()
-        if now < self._next:
+        if now < self._next and self._steps[client] < self._steps_per_round:
             return
         self._next = now + _INTERVAL_S
         clients_done = sum(count == self._steps_per_round for count in self._steps.values())
