@@ -51,7 +51,8 @@ class Federated(Line):
         self.tell(99, loss=None)
 
     def tell(self, step: int, loss: float | None) -> None:
-        progress = next(callback for callback in self.trainer.callbacks if isinstance(callback, RoundProgress))
+        trainer: Any = self.trainer
+        progress = next(callback for callback in trainer.callbacks if isinstance(callback, RoundProgress))
         told = {"steps_done": step, "steps_total": 2, "clients_done": step, "num_clients": 2, "loss": loss}
         thread = threading.Thread(target=progress.on_client_progress, args=(self.trainer,), kwargs=told)
         thread.start()
