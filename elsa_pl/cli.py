@@ -20,7 +20,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -71,6 +71,7 @@ class ElsaCLI(LightningCLI):
         """Add our own settings, and the callbacks that every run has."""
         parser.add_argument("--name", type=str | None, help="name of the run; default: the config file's")
         parser.add_argument("--output_dir", type=str, default="runs", help="runs lie in OUTPUT_DIR/NAME/TIME")
+        parser.add_argument("--data_root", type=str, default="data", help="folder that configs call ${data_root}")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("model.task", "data.task")
@@ -97,7 +98,7 @@ class ElsaCLI(LightningCLI):
                 f"trainer.precision={config.trainer.precision} would need one gradient scaler across processes: use"
                 " 32-true or bf16-mixed"
             )
-        config.name = config.name or (Path(str(config.config[0])).stem if config.get("config") else "run")
+        config.name = config.name or _config_name(launcher.arguments or []) or "run"
         self.run_dir = _new_folder(Path(config.output_dir) / config.name)
         self.save_config_kwargs = {**self.save_config_kwargs, "given": config.clone()}
         if config.data.tokenizer is None:
@@ -209,6 +210,15 @@ def _check_names(setting: str, given: Iterable[str], known: Sequence[str]) -> No
         )
 
 
+def _config_name(arguments: Sequence[str]) -> str | None:
+    """The name of the first config file. The parsed settings forget it where a file refers to ${another key}."""
+    for place, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if option in ("-c", "--config"):
+            return Path(value or arguments[place + 1]).stem
+    return None
+
+
 def _new_folder(parent: Path) -> Path:
     """Name a folder for a run that starts now; it is made when something is written to it."""
     time_now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -289,6 +299,8 @@ def main(args: Sequence[str] | None = None) -> int:
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # ${data_root} in a file means the file's own key, which lies below "fit" once the file is read
+    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     ElsaCLI.running = None
     code = 1
     with _ending_on_signals():
@@ -298,6 +310,7 @@ def main(args: Sequence[str] | None = None) -> int:
                 FederatedTextDataModule,
                 args=None if args is None else launcher.arguments,
                 seed_everything_default=0,
+                parser_kwargs={"parser_mode": "omegaconf+"},
                 auto_configure_optimizers=False,  # model.optimizer is made for each tier
                 save_config_callback=SaveGivenConfig,
                 save_config_kwargs={"overwrite": True},

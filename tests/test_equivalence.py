@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch.plugins import MixedPrecision
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from elsa_pl.tiers.middle import MiddleModule
 from elsa_pl.tiers.step import Clipping, Step, StepResult, StepSettings
 from elsa_pl.tiers.tail import TailModule
 from elsa_pl.tiers.tier import Tier
-from tests.runs import assert_close, assert_equal, moved
+from tests.runs import ROOT, assert_close, assert_equal, moved
 
 CONFIG = {
     "hidden_size": 32,
@@ -96,11 +97,14 @@ class Pair:
         dropout: float = 0.0,
         plan: SplitPlan = PLAN,
         precision: Precision = nullcontext,
+        config: Mapping[str, Any] | None = None,
+        targets: list[str] | None = None,
     ) -> None:
         self.precision = precision
-        config = {"model_type": family, **CONFIG, **FIELDS.get(family, {})}
+        config = config or {"model_type": family, **CONFIG, **FIELDS.get(family, {})}
         model = load_model(None, config, task, 3 if task == "classification" else None, seed=0)
-        self.whole: PeftModel = add_lora(model, LoraSettings(rank=2, dropout=dropout), task, seed=0).train()
+        lora = LoraSettings(rank=2, dropout=dropout, target_modules=targets)
+        self.whole: PeftModel = add_lora(model, lora, task, seed=0).train()
         generator = torch.Generator().manual_seed(1)
         for name, parameter in self.whole.named_parameters():
             if "lora_B" in name:  # zero at the start, where the gradients of lora_A are zero too
@@ -254,6 +258,17 @@ def test_clipping_bounds_the_norm_over_all_three_parts() -> None:
 @pytest.mark.parametrize("plan", [SplitPlan(front=2, middle=1, tail=1), SplitPlan(front=1, middle=1, tail=2)], ids=repr)
 def test_other_cuts(plan: SplitPlan) -> None:
     Pair("bert", "classification", plan=plan).assert_same_steps([[make_batch("classification")]])
+
+
+def test_steps_of_the_causal_config_are_those_of_the_uncut_model() -> None:
+    """Its adapters are on every linear layer, the head among them."""
+    settings = yaml.safe_load((ROOT / "configs" / "causal_lm.yaml").read_text())["model"]
+    targets = settings["lora"]["target_modules"]
+    pair = Pair(
+        "llama", "causal_lm", plan=SplitPlan(**settings["plan"]), config=settings["model_config"], targets=targets
+    )
+    pair.assert_same_steps([[make_batch("causal_lm", step)] for step in range(2)])
+    assert all(any(target in name for name in pair.split_adapters()) for target in targets)
 
 
 def test_dropout_draws_differ_by_step_and_micro_batch() -> None:

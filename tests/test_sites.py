@@ -16,13 +16,17 @@ LABELS = ["account", "billing", "device", "network"]
 
 
 def start_torchrun(node: int, num_nodes: int, port: int, output_dir: Path, settings: Settings) -> subprocess.Popen[str]:
+    """One torchrun with one process, which has the settings of `tests.runs.DEFAULTS` and these."""
+    return torchrun(node, num_nodes, port, arguments(output_dir, "run", settings))
+
+
+def torchrun(node: int, num_nodes: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
     """One torchrun with one process."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={num_nodes}", f"--node_rank={node}"]
     launch += ["--nproc_per_node=1", "--master_addr=127.0.0.1", f"--master_port={port}", "train.py"]
-    command = [*launch, *arguments(output_dir, "run", settings)]
     environment = {**os.environ, "TORCH_CPP_LOG_LEVEL": "ERROR"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [*launch, *arguments], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
 
 
@@ -72,3 +76,22 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["test_accuracy"] * 40 == pytest.approx(round(summary["test_accuracy"] * 40), abs=1e-4)
     assert pd.read_csv(run.folder / "metrics.csv")["train_loss"].notna().sum() == 2
+
+
+def test_the_config_of_sites(tmp_path: Path) -> None:
+    """`configs/site.yaml`, and on the command line what its header says: roles, names, and where each file lies."""
+    fit = ["fit", "--config", "configs/site.yaml", "--output_dir", str(tmp_path / "runs")]
+    fit += ["--trainer.max_epochs", "1", "--trainer.strategy.local_steps", "2"]
+    processes = [[*fit, "--trainer.strategy.role", "cloud"]]
+    processes += [[*fit, "--trainer.strategy.role", "edge", "--trainer.strategy.name", "edge-north"]]
+    for index in range(2):
+        (tmp_path / f"site-{index}").mkdir()
+        write_tickets(tmp_path / f"site-{index}" / "train.csv", 60, seed=index)
+        own = ["--trainer.strategy.role", "host", "--trainer.strategy.name", f"hospital-{index}"]
+        processes.append([*fit, *own, "--data_root", str(tmp_path / f"site-{index}")])
+    port = free_port()
+    cloud, *_ = wait_for([torchrun(node, 4, port, process) for node, process in enumerate(processes)])
+    assert "round 1/1  train_loss" in cloud
+    run = find_run(tmp_path / "runs", "site")
+    assert run.summary()["rounds"] == 1
+    assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
