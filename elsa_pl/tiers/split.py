@@ -6,7 +6,8 @@ them live with the processes that run them; the strategy places those, and this 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
 import lightning as L
@@ -19,6 +20,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import get_scheduler
 
+from elsa_pl.datamodules.batches import IGNORE_INDEX
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings, add_lora
@@ -104,7 +106,9 @@ class SplitModel(L.LightningModule):
         # in a list, because a module's attribute would be part of its state_dict, and a checkpoint without the base
         # model could not be loaded
         self._held: list[PeftModel] = []
+        self._merged: list[nn.Module] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
+        self._resolved_plan: SplitPlan | None = None
         self._metrics: dict[str, dict[str, Metric | MetricCollection]] = {}
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
@@ -116,6 +120,15 @@ class SplitModel(L.LightningModule):
         )
         return add_lora(base, self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
 
+    def build_trained(self) -> PeftModel:
+        """The uncut model with the global adapters."""
+        model = self.build()
+        parameters = dict(model.get_base_model().named_parameters())
+        with torch.no_grad():
+            for name, value in self.global_adapters().items():
+                parameters[name].copy_(value)
+        return model
+
     def prepare(self, num_labels: int | None) -> None:
         """Build the model and check every cut before any process starts: what is wrong here is wrong everywhere.
 
@@ -126,6 +139,7 @@ class SplitModel(L.LightningModule):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
+        self._resolved_plan = self.plan.resolve(num_blocks(self._base))
 
     @property
     def _base(self) -> PeftModel:
@@ -153,6 +167,8 @@ class SplitModel(L.LightningModule):
             self._metrics["val"] = self._make_metrics()
         if stage == "test":
             self._metrics["test"] = self._make_metrics()
+            if self._strategy.layout != "site":
+                self._metrics["test_merged"] = self._make_metrics()
 
     def configure_model(self) -> None:
         if hasattr(self, "adapters"):
@@ -162,8 +178,8 @@ class SplitModel(L.LightningModule):
                 self.prepare(self.num_labels)
             else:
                 self._held = [self.build()]
-        plan = self.plan.resolve(num_blocks(self._base))
-        self.adapters = ParameterTree(_adapters_of(self._parts_for(plan)))
+        self._resolved_plan = self.plan.resolve(num_blocks(self._base))
+        self.adapters = ParameterTree(_adapters_of(self._parts_for(self._resolved_plan)))
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         if plan not in self._parts:
@@ -260,7 +276,27 @@ class SplitModel(L.LightningModule):
             values["train_loss"] = sum(report.loss_sum for report in reports) / examples
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
 
+    def identity(self, labels: Sequence[str]) -> dict[str, Any]:
+        """What the adapters of this model belong to; `elsa_pl.identity` compares it with a checkpoint's.
+
+        Args:
+            labels: names of the classes in order; empty for causal language modelling.
+        """
+        assert self._resolved_plan is not None, "the model is built before its adapters are saved or loaded"
+        targets = self.lora.target_modules
+        return {
+            "model.model": self.model_name,
+            "model.model_config": self.model_config,
+            "model.task": self.task,
+            "model.plan": asdict(self._resolved_plan),
+            "model.lora.rank": self.lora.rank,
+            "model.lora.alpha": float(self.lora.alpha),
+            "model.lora.target_modules": None if targets is None else list(targets),
+            "data.labels": list(labels),
+        }
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elsa_identity"] = self.identity(self.trainer.datamodule.labels)  # type: ignore[attr-defined]
         checkpoint["elsa_totals"] = {
             "num_rounds": self.num_rounds,
             "num_bytes": dict(self.num_bytes),
@@ -268,15 +304,16 @@ class SplitModel(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:  # testing an earlier round does not undo the later ones
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
             return
-        if not self._strategy.reset_optimizer:
+        if fitting and not self._strategy.reset_optimizer:
             log.warning("optimizer states are not in a checkpoint: with reset_optimizer=false they start afresh here")
         totals = checkpoint["elsa_totals"]
         self.num_rounds = totals["num_rounds"]
         self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
 
-    # ---- evaluation of the global model, through the pipeline -------------------------------------------------------
+    # ---- evaluation of the global model, through the pipeline and merged --------------------------------------------
 
     def _make_metrics(self) -> dict[str, Metric | MetricCollection]:
         strategy = self._strategy
@@ -301,15 +338,58 @@ class SplitModel(L.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate("val", batch, batch_idx)
 
+    def on_test_start(self) -> None:
+        """Merge the adapters into the uncut model, to be tested beside the pipeline on the same batches.
+
+        Not in the layout ``site``, whose weak devices never hold the whole model: those figures are left out there.
+        """
+        strategy = self._strategy
+        if strategy.layout != "site" and strategy.eval_shard is not None:
+            with torch.inference_mode(False):
+                merged = self.build_trained().merge_and_unload()
+            self._merged = [merged.eval().to(strategy.client_device)]
+
+    def on_test_end(self) -> None:
+        self._merged = []
+
     def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         self._evaluate("test", batch, batch_idx)
+        for model in self._merged if batch else []:
+            moved = {name: value.to(self._strategy.client_device) for name, value in batch.items()}
+            with self.trainer.precision_plugin.forward_context():
+                output = model(**moved)
+            self._update("test_merged", output, batch["labels"])
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
+        """What the global model says about each example of a batch; the result stays in this process.
+
+        Returns:
+            - ``rows``: (B,), the examples' places in their file;
+            - for classification ``prediction``: (B,), the most probable class, and ``probability``: (B,), of it;
+            - for causal language modelling ``num_tokens``: (B,), tokens that had to be predicted, and ``loss``: (B,),
+              their mean;
+
+            or None in a process that predicts nothing.
+        """
+        if not batch:
+            return None
+        inputs = {name: value for name, value in batch.items() if name not in ("rows", "labels")}
+        logits = self._strategy.rounds.evaluate(inputs, batch_idx).logits.float().cpu()
+        if self.task == "classification":
+            probability, prediction = logits.softmax(-1).max(-1)
+            return {"rows": batch["rows"], "prediction": prediction, "probability": probability}
+        targets = batch["labels"][:, 1:]
+        losses = nn.functional.cross_entropy(logits[:, :-1].mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
+        num_tokens = (targets != IGNORE_INDEX).sum(1)
+        return {"rows": batch["rows"], "num_tokens": num_tokens, "loss": losses.sum(1) / num_tokens}
 
     def _evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         if not batch:  # this process holds no evaluation data
             return
-        output = self._strategy.rounds.evaluate(batch, batch_idx)
-        labels = batch["labels"]
-        count = int((labels[:, 1:] != -100).sum()) if self.task == "causal_lm" else len(labels)
+        self._update(stage, self._strategy.rounds.evaluate(batch, batch_idx), batch["labels"])
+
+    def _update(self, stage: str, output: Any, labels: Tensor) -> None:
+        count = int((labels[:, 1:] != IGNORE_INDEX).sum()) if self.task == "causal_lm" else len(labels)
         metrics = self._metrics[stage]
         metrics["loss"].update(output.loss.float().cpu(), weight=count)
         if "scores" in metrics:
@@ -323,6 +403,8 @@ class SplitModel(L.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._summarise("test")
+        if "test_merged" in self._metrics:
+            self._summarise("test_merged")
 
     def _summarise(self, stage: str) -> None:
         metrics = self._metrics[stage]
