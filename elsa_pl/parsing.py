@@ -40,11 +40,11 @@ _HINTS = """Settings come from YAML files and from the command line; what comes 
 What a run would use: --print_config
 The settings of the strategy (layout, edges, rounds): --trainer.strategy.help=HierarchicalStrategy"""
 
-# The settings of a command stand below its name when jsonargparse resolves them: ``${data_root}`` has to become
-# relative. Fields of dataclasses, such as the LoRA settings, have their documentation below them.
-set_parsing_settings(omegaconf_absolute_to_relative_paths=True, docstring_parse_attribute_docstrings=True)
+# Fields of dataclasses, such as the LoRA settings, have their documentation below them.
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _STRATEGY_KEYS = [f"trainer.strategy.init_args.{name}" for name in inspect.signature(HierarchicalStrategy).parameters]
+_REFERENCE = re.compile(r"\$\{([a-zA-Z_][\w.\[\]]*)\}")
 # how jsonargparse tells of a setting that there is not
 _UNKNOWN_ARGUMENTS = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
 _UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'")
@@ -58,7 +58,7 @@ class _Formatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
 
 def parser_kwargs() -> dict[str, Any]:
     """What the parsers say about themselves; the default usage of a command lists 100 settings."""
-    common = {"parser_mode": "omegaconf+", "formatter_class": _Formatter}
+    common = {"parser_mode": "omegaconf+", "formatter_class": _Formatter, "allow_abbrev": False}
     commands = {
         name: {
             **common,
@@ -88,6 +88,9 @@ class SettingsParser(LightningArgumentParser):
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         self.given = cfg.clone()  # the last place at which jsonargparse has them
+        command = cfg.get("subcommand")
+        if command is not None and "${" in str(cfg):
+            cfg[command] = _refer_below(cfg[command], command)
         try:
             return super()._parse_common(cfg, *args, **kwargs)
         except OmegaConfBaseException as error:
@@ -98,12 +101,28 @@ class SettingsParser(LightningArgumentParser):
         super().error(_explain(message, sorted(_known_keys(parser))), ex)
 
 
+def _refer_below(value: Any, command: str) -> Any:
+    """``${name}`` becomes ``${command.name}``: below the command is where the settings stand when they are resolved."""
+    if isinstance(value, str):
+        return _REFERENCE.sub(rf"${{{command}.\1}}", value)
+    if isinstance(value, list | tuple):
+        return type(value)(_refer_below(item, command) for item in value)
+    if isinstance(value, dict):
+        return {key: _refer_below(item, command) for key, item in value.items()}
+    if isinstance(value, Namespace):
+        referring = value.clone()
+        for key, item in value.items():
+            referring[key] = _refer_below(item, command)
+        return referring
+    return value
+
+
 def _explain_interpolation(error: OmegaConfBaseException, given: Namespace) -> str:
     """One line with the setting, its value, and what is wrong with it."""
-    key = str(error.full_key)
-    where = f"{key.partition('.')[2]}={given.get(key)!r}: " if key in given else ""
-    reason = str(error).splitlines()[0]
-    return f"{where}{reason}: ${{...}} must name another setting, such as ${{data_root}}"
+    command, _, key = str(error.full_key).partition(".")
+    value = f"={given[f'{command}.{key}']!r}" if f"{command}.{key}" in given else ""
+    reason = str(error).splitlines()[0].replace(f"{command}.", "")
+    return f"{key}{value}: {reason}: ${{...}} must name another setting, such as ${{data_root}}"
 
 
 def _known_keys(parser: LightningArgumentParser) -> set[str]:

@@ -42,7 +42,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if outputs is not None:
+        if outputs:
             self._outputs.append(outputs)
 
     def on_predict_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -51,6 +51,7 @@ class PredictionWriter(Callback):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(self.path, data, self._outputs)
             self._outputs = []
+        trainer.strategy.barrier()  # the others serve the process that predicts, and hear of it if it cannot write
 
 
 def write_predictions(path: Path, data: FederatedTextDataModule, outputs: list[dict[str, Tensor]]) -> None:

@@ -360,7 +360,7 @@ class SplitModel(L.LightningModule):
                 output = model(**moved)
             self._update("test_merged", output, batch["labels"])
 
-    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor] | None:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """What the global model says about each example of a batch; the result stays in this process.
 
         Returns:
@@ -369,10 +369,10 @@ class SplitModel(L.LightningModule):
             - for causal language modelling ``num_tokens``: (B,), tokens that had to be predicted, and ``loss``: (B,),
               their mean;
 
-            or None in a process that predicts nothing.
+            or nothing, in a process that predicts nothing.
         """
         if not batch:
-            return None
+            return {}
         inputs = {name: value for name, value in batch.items() if name not in ("rows", "labels")}
         logits = self._strategy.rounds.evaluate(inputs, batch_idx).logits.float().cpu()
         if self.task == "classification":
