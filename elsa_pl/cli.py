@@ -101,7 +101,9 @@ class ElsaCLI(LightningCLI):
 
     def setup_parser(self, *args: Any, **kwargs: Any) -> None:
         super().setup_parser(*args, **kwargs)
-        for command in self.parser._subcommands_action._choices_actions:
+        commands = self.parser._subcommands_action
+        assert commands is not None
+        for command in commands._choices_actions:
             command.help = COMMANDS[command.dest]  # Lightning puts the Trainer's documentation there
         # afterwards, because the commands' own usage begins with that of the whole
         self.parser.usage = "%(prog)s {fit,validate,test,predict} [--config FILE] [--run FOLDER] [--SETTING VALUE ...]"
@@ -130,7 +132,8 @@ class ElsaCLI(LightningCLI):
                 f"trainer.precision={config.trainer.precision} would need one gradient scaler across processes: use"
                 " 32-true or bf16-mixed"
             )
-        given = self.parser.given[self.subcommand]
+        assert self.parser.given is not None
+        given = self.parser.given[str(self.subcommand)]
         config.name = config.name or (Path(str(given.config[0])).stem if given.get("config") else "run")
         suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
         self.run_dir = new_folder(Path(config.output_dir) / config.name, suffix)

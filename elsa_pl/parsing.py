@@ -84,7 +84,7 @@ class SettingsParser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.given = Namespace()
+        self.given: Namespace | None = None
 
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         self.given = cfg.clone()  # the last place at which jsonargparse has them
@@ -167,14 +167,14 @@ def nearest(key: str, known: Iterable[str]) -> str | None:
         'data.batch_size'
         >>> nearest("model.optimzer.class_path", ["model.optimizer", "model.task"])
         'model.optimizer'
-        >>> nearest("optimzer", ["model.optimizer", "model.task"])
+        >>> nearest("optimzer.class_path", ["model.optimizer", "model.task"])
         'model.optimizer'
     """
     known = list(known)
-    parts = key.split(".")
+    parts = re.split(r"\.(?:class_path|init_args)\b", key)[0].split(".")
     for length in range(len(parts), 0, -1):
         found = get_close_matches(".".join(parts[:length]), known, n=1, cutoff=0.8)
-        if found and found[0] not in (key, ".".join(parts[:length])):
+        if found and found[0] != ".".join(parts[:length]):
             return found[0]
     leaves = {name.rpartition(".")[2]: name for name in reversed(known)}
     found = get_close_matches(parts[-1], list(leaves), n=1, cutoff=0.7)

@@ -6,5 +6,5 @@ from elsa_pl.strategies.hierarchical import HierarchicalStrategy
 
 __all__ = ["HierarchicalStrategy"]
 
-# `Trainer(strategy="HierarchicalStrategy")`, and the same in a YAML file
-StrategyRegistry.register("HierarchicalStrategy", HierarchicalStrategy, "split and hierarchical federated training")
+# `Trainer(strategy="HierarchicalStrategy")`, and the same in a YAML file; Lightning puts names into lower case
+StrategyRegistry.register("hierarchicalstrategy", HierarchicalStrategy, "split and hierarchical federated training")
