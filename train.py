@@ -17,6 +17,11 @@ Several sites; each site starts its own process and names its own role:
         train.py fit --config site.yaml \
         --trainer.strategy.init_args.role host --trainer.strategy.init_args.name hospital-a
 
+An earlier run, tested and used:
+
+    python train.py test --run runs/quickstart/<time>
+    python train.py predict --run runs/quickstart/<time> --data.predict_file C.csv
+
 All settings, with their types and defaults: `python train.py fit --help`. Nothing that travels between
 processes may be defined in this file: it is called `__main__` here and something else over there.
 """

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from elsa_pl.functional.microbatches import IGNORE_INDEX
 from elsa_pl.functional.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ Batch = dict[str, Tensor]
 Indices = npt.NDArray[np.int64]
 
 _BATCHES_SORTED_TOGETHER: Final = 8
-
-IGNORE_INDEX: Final = -100
-"""The label of padding in causal language modelling, which the loss leaves out."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ In Lightning one item of the training loader is a mapping from client to batches
 clients it holds is asked of the strategy when the item is made, through the ``Federation`` protocol.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -18,8 +18,8 @@ import torch
 
 from elsa_pl.datamodules import partitioners
 from elsa_pl.datamodules.batches import Batch, BatchOrder, Indices, TokenizedExamples, tokenize
-from elsa_pl.datamodules.rounds import EvalLoader, EvalSplit, Federation, RoundLoader
-from elsa_pl.datamodules.sources import Columns, Rows, find_labels, load_source
+from elsa_pl.datamodules.rounds import EvalLoader, EvalSplit, Federation, PredictLoader, RoundLoader
+from elsa_pl.datamodules.sources import Columns, Rows, find_labels, load_rows, load_source
 from elsa_pl.functional.seeding import derive_seed
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class FederatedTextDataModule(L.LightningDataModule):
         train_file: str | None = None,
         validation_file: str | None = None,
         test_file: str | None = None,
+        predict_file: str | None = None,
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str = "label",
@@ -75,6 +76,7 @@ class FederatedTextDataModule(L.LightningDataModule):
             train_file: a .csv, .tsv, .json, .jsonl or .parquet file, instead of ``dataset``.
             validation_file: beside ``train_file``; without it a part of the training rows is set aside.
             test_file: beside ``train_file``.
+            predict_file: what ``predict`` reads, with or without labels; default: the test rows.
             text_column: the text.
             text_pair_column: the second text of sentence pair tasks.
             label_column: the label; in ``causal_lm`` only partitions by label read it.
@@ -155,6 +157,8 @@ class FederatedTextDataModule(L.LightningDataModule):
             client=client_column,
             label_required=task == "classification",
         )
+        self._predict_file = predict_file
+        self._predict_rows: Rows | None = None
         self._given_labels = labels
         self._partition = partition
         self._num_clients = num_clients
@@ -244,7 +248,12 @@ class FederatedTextDataModule(L.LightningDataModule):
 
     @property
     def labels(self) -> list[str]:
-        """The label vocabulary; a label's place is its class number. Empty for ``causal_lm``."""
+        """The label vocabulary; a label's place is its class number. Empty for ``causal_lm``.
+
+        Known without loading where ``labels`` were given.
+        """
+        if self._loaded is None and self._given_labels is not None:
+            return list(self._given_labels)
         return list(self._require_loaded("labels").labels)
 
     @property
@@ -320,6 +329,38 @@ class FederatedTextDataModule(L.LightningDataModule):
             self._eval_batches[key] = [tokens.batch(order[i : i + self.eval_batch_size]) for i in starts]
         return self._eval_batches.get(key, [])
 
+    @property
+    def predict_rows(self) -> Rows:
+        """The rows that ``predict`` is about, in the order of their file.
+
+        Raises:
+            FileNotFoundError: ``predict_file`` is missing.
+            ValueError: it is not what the settings say, or there are neither such a file nor test rows.
+        """
+        if self._predict_rows is None:
+            loaded = self._require_loaded("predict_rows")
+            if self._predict_file is not None:
+                columns = replace(self._columns, client=None, label_required=False)
+                table = load_rows("predict", self._predict_file, columns)
+                self._predict_rows = Rows.of(table, "predict", None, given=False)
+            elif "test" in loaded.rows:
+                self._predict_rows = loaded.rows["test"]
+            else:
+                raise ValueError("expected rows to predict, got none: set data.predict_file or data.test_file")
+        return self._predict_rows
+
+    def predict_batches(self) -> list[Batch]:
+        """Return the batches of `predict_rows`, shortest examples first; ``rows`` [B] are their places in the file.
+
+        ``labels`` mean nothing for classification: the file need not have any.
+        """
+        rows = self.predict_rows
+        codes = np.zeros(len(rows.texts), dtype=np.int64) if self.task == "classification" else None
+        tokens = self._tokenize(replace(rows, codes=codes), "predict")
+        order = np.argsort(tokens.lengths(), kind="stable")
+        parts = [order[i : i + self.eval_batch_size] for i in range(0, len(order), self.eval_batch_size)]
+        return [{**tokens.batch(part), "rows": torch.from_numpy(part)} for part in parts]
+
     def setup(self, stage: str) -> None:
         """Load the data, of the strategy's own client where it has one; a process without clients loads none."""
         federation = self._federation()
@@ -344,6 +385,10 @@ class FederatedTextDataModule(L.LightningDataModule):
         ):
             raise ValueError("expected test examples, got none: set data.test_file")
         return EvalLoader(self, federation, "test")
+
+    def predict_dataloader(self) -> PredictLoader:
+        """Return the examples to predict, in the process that predicts."""
+        return PredictLoader(self, self._federation())
 
     def transfer_batch_to_device(self, batch: object, device: torch.device, dataloader_idx: int) -> object:
         """Leave the batch where it is: each part of the model moves what it needs."""

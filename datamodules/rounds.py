@@ -74,3 +74,19 @@ class EvalLoader:
         shard = self._federation.eval_shard
         batches = self._data.eval_batches(self._split, *shard) if shard is not None else []
         yield from batches or [{}]
+
+
+class PredictLoader:
+    """The examples to predict, all of them in one process, so that one file can be written in their order.
+
+    Empty batches as in `EvalLoader`.
+    """
+
+    def __init__(self, data: "FederatedTextDataModule", federation: Federation) -> None:
+        self._data = data
+        self._federation = federation
+
+    def __iter__(self) -> Iterator[Batch]:
+        shard = self._federation.eval_shard
+        predicts = shard is not None and shard[0] == 0
+        yield from self._data.predict_batches() if predicts else [{}]

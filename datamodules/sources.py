@@ -175,6 +175,22 @@ def load_source(
     return Source(rows["train"], rows.get("validation"), rows.get("test"), _class_names(tables["train"], columns.label))
 
 
+def load_rows(split: str, file: str, columns: Columns) -> "Dataset":
+    """Read one file that is not part of a `Source`.
+
+    Args:
+        split: what it is for; ``<split>_file`` is its name in errors.
+        file: as in `load_source`.
+        columns: which columns to read.
+
+    Raises:
+        FileNotFoundError: the file is missing.
+        ValueError: an extension, a column or a cell is not what it must be.
+    """
+    _check_file(split, file)
+    return _normalise(_read_file(file), f"{split}_file {file}", columns, split)
+
+
 def _check_file(split: str, file: str) -> None:
     path = Path(file)
     if path.suffix.lower() not in EXTENSIONS:

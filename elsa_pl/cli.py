@@ -6,36 +6,43 @@ errors into one line, and a signal into an orderly end with an exit code that sa
 
 import logging
 import os
-import re
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
-import torch
-from jsonargparse import Namespace, set_parsing_settings
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from elsa_pl.callbacks import RoundProgress
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.errors import ConfigurationError, ElsaError, RunFailed
-from elsa_pl.export import export_adapter, summarise, write_summary
+from elsa_pl.export import check_writable, export_adapter, new_folder, summarise, write_summary
+from elsa_pl.identity import check_identity
+from elsa_pl.parsing import (
+    COMMANDS,
+    SaveGivenConfig,
+    SettingsParser,
+    expand_run,
+    own_words,
+    parser_kwargs,
+    read_checkpoint,
+)
+from elsa_pl.predictions import PredictionWriter
+from elsa_pl.reports import MOST_CLIENTS_IN_TABLE, closing, describe
 from elsa_pl.strategies import HierarchicalStrategy, launcher
 from elsa_pl.strategies.checks import refuse_unsupported
 from elsa_pl.tiers import SplitModel
 
 log = logging.getLogger(__name__)
 
-_MOST_CLIENTS_IN_TABLE = 20
 _EXPECTED_WARNINGS = (
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",  # Lightning 2.6 on torch 2.13
     r"Experiment logs directory .* exists and is not empty",  # the other processes' logs lie there already
@@ -43,52 +50,79 @@ _EXPECTED_WARNINGS = (
 )
 
 
-class SaveGivenConfig(SaveConfigCallback):
-    """Saves the settings without what was filled in for this one run, so that they can start another.
-
-    Args:
-        parser: the command's parser.
-        config: the settings as this run uses them.
-        given: the settings to save.
-        kwargs: see Lightning's callback.
-    """
-
-    def __init__(self, parser: LightningArgumentParser, config: Namespace, given: Namespace, **kwargs: Any) -> None:
-        super().__init__(parser, given, **kwargs)
-
-
 class ElsaCLI(LightningCLI):
-    """Settings to a run: the folder, checks before anything starts, and test and export after `fit`."""
+    """Settings to a run: the folder, checks before anything starts, and what is left when it ends."""
 
     trainer: Any
+    parser: SettingsParser
     model: SplitModel
     datamodule: FederatedTextDataModule
 
     # the strategy of the run under way, for `main` to end whatever happens
     running: HierarchicalStrategy | None = None
 
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add our own settings, and the callbacks that every run has."""
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, which all take the same settings, so that they all take the file of any other."""
+        skipped = {"model", "train_dataloaders", "val_dataloaders", "dataloaders", "datamodule"}
+        return dict.fromkeys(COMMANDS, skipped | {"verbose", "return_predictions"})
+
+    def add_default_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what is not about the model, the data or the trainer; it comes first in the help."""
+        parser.add_argument(
+            "--run",
+            type=str | None,
+            help="folder of an earlier run: its settings, and its best checkpoint (fit goes on from the last one);"
+            " what else is given overrides them",
+        )
         parser.add_argument("--name", type=str | None, help="name of the run; default: the config file's")
         parser.add_argument("--output_dir", type=str, default="runs", help="runs lie in OUTPUT_DIR/NAME/TIME")
-        parser.add_argument("--data_root", type=str, default="data", help="folder that configs call ${data_root}")
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_argument(
+            "--data_root", type=str, default="data", help="folder that config files refer to as ${data_root}"
+        )
+        parser.add_argument(
+            "--seed_everything", type=int, default=0, help="the seed that every random draw is derived from"
+        )
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add model and data before the trainer, whose list is long."""
+        parser.add_lightning_class_args(SplitModel, "model")
+        parser.add_lightning_class_args(FederatedTextDataModule, "data")
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the callbacks that every run has, and what follows from other settings."""
+        parser.link_arguments("seed_everything", "model.seed")
+        parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("model.task", "data.task")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RoundProgress, "progress")
 
+    def setup_parser(self, *args: Any, **kwargs: Any) -> None:
+        super().setup_parser(*args, **kwargs)
+        commands = self.parser._subcommands_action
+        assert commands is not None
+        for command in commands._choices_actions:
+            command.help = COMMANDS[command.dest]  # Lightning puts the Trainer's documentation there
+        # afterwards, because the commands' own usage begins with that of the whole
+        self.parser.usage = "%(prog)s {fit,validate,test,predict} [--config FILE] [--run FOLDER] [--SETTING VALUE ...]"
+        for parser in self._subcommand_parsers.values():
+            parser.prog = parser.prog.replace(" [options]", "")
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        super().parse_arguments(parser, args)
+        self.config = parser.parse_args(args)
+        config = self.config[self.config.subcommand]
+        if config.run is not None:
+            raise ConfigurationError(f"run={config.run!r} belongs on the command line: give --run {config.run}")
         # here because Lightning reads the file next, and its errors say neither what it is nor what to do
-        path = self.config[self.config.subcommand].get("ckpt_path")
-        if path is not None and Path(path).is_file():
-            try:
-                found = torch.load(path, weights_only=True, map_location="cpu")
-            except Exception:  # whatever the bytes make it raise
-                found = None
-            if not isinstance(found, dict) or "elsa_totals" not in found:
-                raise ConfigurationError(f"ckpt_path must be a checkpoint of an earlier run; {path!r} is none")
+        path = config.ckpt_path
+        if path is None and self.config.subcommand != "fit":
+            raise ConfigurationError(
+                f"{self.config.subcommand} needs trained adapters: give --run FOLDER, the folder of an earlier run, or"
+                " --ckpt_path FILE with the settings that it was made with"
+            )
+        self._checkpoint = read_checkpoint(Path(path)) if path is not None and Path(path).is_file() else None
 
     def before_instantiate_classes(self) -> None:
         """Choose the run's folder and fill in what follows from other settings."""
@@ -98,9 +132,16 @@ class ElsaCLI(LightningCLI):
                 f"trainer.precision={config.trainer.precision} would need one gradient scaler across processes: use"
                 " 32-true or bf16-mixed"
             )
-        config.name = config.name or _config_name(launcher.arguments or []) or "run"
-        self.run_dir = _new_folder(Path(config.output_dir) / config.name)
-        self.save_config_kwargs = {**self.save_config_kwargs, "given": config.clone()}
+        assert self.parser.given is not None
+        given = self.parser.given[str(self.subcommand)]
+        config.name = config.name or (Path(str(given.config[0])).stem if given.get("config") else "run")
+        suffix = "" if self.subcommand == "fit" else f"-{self.subcommand}"
+        self.run_dir = new_folder(Path(config.output_dir) / config.name, suffix)
+        to_save = config.clone()
+        for key, value in given.items():
+            if "${" in str(value):
+                to_save[key] = value
+        self.save_config_kwargs = {"given": to_save, "run_dir": self.run_dir}
         if config.data.tokenizer is None:
             config.data.tokenizer = config.model.model
         config.checkpoint.dirpath = config.checkpoint.dirpath or str(self.run_dir / "checkpoints")
@@ -130,31 +171,80 @@ class ElsaCLI(LightningCLI):
             ModelCheckpoint(dirpath, filename="last", enable_version_counter=False, save_on_train_epoch_end=True)
         )
 
-    @property
-    def _checks(self) -> bool:
-        """Whether this process checks the settings: the first one of a simulation, and every site for itself."""
-        return _is_first() or self.trainer.strategy.layout == "site"
+    # ---- checks before other processes start and before anything is written ------------------------------------------
 
     def before_fit(self) -> None:
-        """Check all that can be checked before other processes start and before the first batch."""
+        self._check()
+
+    def before_validate(self) -> None:
+        self._check()
+
+    def before_test(self) -> None:
+        self._check()
+
+    def before_predict(self) -> None:
+        self.predictions = PredictionWriter(self.run_dir)
+        self.trainer.callbacks.append(self.predictions)
+        self._check()
+
+    def _check(self) -> None:
+        """Check all that can be checked: in the first process of a simulation, and in every site for itself."""
         self._started = time.monotonic()
-        strategy = self.trainer.strategy
-        checkpoint = self.config[self.subcommand].ckpt_path
-        if not self._checks:
+        if self.subcommand != "fit":  # Lightning, about checkpoints that only fit will write
+            warnings.filterwarnings("ignore", message="The dirpath has changed")
+        strategy, data, model = self.trainer.strategy, self.datamodule, self.model
+        site = strategy.layout == "site"
+        if not _is_first() and not site:
             return
-        if checkpoint is not None and _is_first() and not Path(checkpoint).is_file():
-            raise ConfigurationError(f"ckpt_path must be a checkpoint file; there is none at {checkpoint!r}")
+        if strategy.keeps_checkpoints or self.subcommand == "predict":
+            check_writable(self.run_dir)
+        path = self.config[self.subcommand].ckpt_path
+        if path is not None and strategy.keeps_checkpoints and self._checkpoint is None:
+            raise ConfigurationError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}")
         refuse_unsupported(self.trainer)
-        data = self.datamodule
         if strategy.holds_data:
             data.load(strategy.own_client)
-        if strategy.layout != "site":
+            self._check_rows()
+        if not site:
             strategy.check(data.client_names)
-            _check_names("client_plans", self.model.client_plans, data.client_names)
-        self.model.prepare(data.num_labels if self.model.task == "classification" else None)
+            _check_names("client_plans", model.client_plans, data.client_names)
+        model.prepare(data.num_labels if model.task == "classification" else None)
         if strategy.holds_data:
-            self.model.check_vocabulary(data.vocabulary_size)
-            print(_describe(strategy, data, self.run_dir), flush=True)
+            model.check_vocabulary(data.vocabulary_size)
+        if self._checkpoint is not None:
+            check_identity(
+                self._checkpoint["elsa_identity"],
+                model.identity(data.labels if model.task == "classification" else []),
+                str(path),
+            )
+            self._check_rounds()
+        if strategy.holds_data:
+            print(describe(strategy, data, self.run_dir), flush=True)
+
+    def _check_rows(self) -> None:
+        """Whether there are rows for the command; in the site layout one site may be without."""
+        site = self.trainer.strategy.layout == "site"
+        sizes = self.datamodule.split_sizes
+        if self.subcommand == "validate" and "validation" not in sizes and not site:
+            raise ConfigurationError(
+                "expected validation examples, got none: set data.validation_file, or data.validation_fraction above 0"
+            )
+        if self.subcommand == "test" and "test" not in sizes and not site:
+            raise ConfigurationError("expected test examples, got none: set data.test_file")
+        if self.subcommand == "predict":
+            self.datamodule.predict_batches()
+
+    def _check_rounds(self) -> None:
+        """Refuse to go on with a run that has all its rounds: Lightning would do nothing, without a word."""
+        assert self._checkpoint is not None
+        done, asked = self._checkpoint["elsa_totals"]["num_rounds"], self.trainer.max_epochs
+        if self.subcommand == "fit" and asked is not None and 0 <= asked <= done:
+            raise ConfigurationError(
+                f"the run has finished: its checkpoint is of round {done}, and trainer.max_epochs={asked}; raise"
+                " --trainer.max_epochs to train on, or use test or predict"
+            )
+
+    # ---- what a command does in the end ------------------------------------------------------------------------------
 
     def after_fit(self) -> None:
         """Test the best global model (the last one without validation), export it, and write the summary."""
@@ -173,27 +263,37 @@ class ElsaCLI(LightningCLI):
             return
         adapter = self.run_dir / "adapter"
         export_adapter(self.model, adapter)
-        seconds = {"fit": trained, "test": tested, "total": time.monotonic() - self._started}
-        summary = summarise(self.model, metrics, seconds=seconds, adapter=adapter)
+        self._finish(metrics, {"fit": trained, "test": tested}, adapter)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Validate, and write the summary."""
+        (metrics,) = self.trainer.validate(verbose=False, **kwargs)
+        if self.trainer.is_global_zero:
+            self._finish(metrics, {"validate": time.monotonic() - self._started})
+
+    def test(self, **kwargs: Any) -> None:
+        """Test, and write the summary."""
+        (metrics,) = self.trainer.test(verbose=False, **kwargs)
+        if self.trainer.is_global_zero:
+            self._finish(metrics, {"test": time.monotonic() - self._started})
+
+    def predict(self, **kwargs: Any) -> None:
+        """Predict; the process that computes the predictions also writes them."""
+        self.trainer.predict(return_predictions=False, **kwargs)
+        if _is_first() or self.trainer.strategy.own_client is not None:
+            print(f"predictions: {self.predictions.path}", flush=True)
+
+    def _finish(self, metrics: Mapping[str, Any], seconds: dict[str, float], adapter: Path | None = None) -> None:
+        seconds["total"] = time.monotonic() - self._started
+        stage: Literal["val", "test"] = "val" if self.subcommand == "validate" else "test"
+        summary = summarise(self.model, metrics, seconds=seconds, adapter=adapter, stage=stage)
         write_summary(self.run_dir / "summary.json", summary)
-        print(_closing(summary, self.run_dir), flush=True)
+        print(closing(summary, self.run_dir, self.model), flush=True)
 
     def _has_test(self) -> bool:
         """Whether any process holds test data; all answer alike."""
         held = self.trainer.strategy.holds_data and "test" in self.datamodule.split_sizes
         return not self.trainer.strategy.reduce_boolean_decision(not held, all=True)
-
-
-def _own_words(error: Exception) -> str:
-    """The text of an error without what jsonargparse puts around it.
-
-    Where a setting may have several types, its text lists the error of each, and drops the exceptions themselves.
-    """
-    text = str(error)
-    if not text.startswith("Does not validate against any of the Union subtypes"):
-        return text
-    found = re.findall(r"^ *- (?!Expected a )(.*(?:\n(?! *- | *Given value).*)*)", text, re.MULTILINE)
-    return found[0] if found else text
 
 
 def _is_first() -> bool:
@@ -205,61 +305,9 @@ def _check_names(setting: str, given: Iterable[str], known: Sequence[str]) -> No
     unknown = sorted(set(given) - set(known))
     if unknown:
         raise ConfigurationError(
-            f"{setting} names {unknown}, who are not among the clients {list(known[:_MOST_CLIENTS_IN_TABLE])}:"
+            f"{setting} names {unknown}, who are not among the clients {list(known[:MOST_CLIENTS_IN_TABLE])}:"
             " correct the names"
         )
-
-
-def _config_name(arguments: Sequence[str]) -> str | None:
-    """The name of the first config file. The parsed settings forget it where a file refers to ${another key}."""
-    for place, argument in enumerate(arguments):
-        option, _, value = argument.partition("=")
-        if option in ("-c", "--config"):
-            return Path(value or arguments[place + 1]).stem
-    return None
-
-
-def _new_folder(parent: Path) -> Path:
-    """Name a folder for a run that starts now; it is made when something is written to it."""
-    time_now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder, count = parent / time_now, 1
-    while folder.exists():
-        count += 1
-        folder = parent / f"{time_now}_{count}"
-    return folder
-
-
-def _describe(strategy: HierarchicalStrategy, data: FederatedTextDataModule, run_dir: Path) -> str:
-    """The opening lines of a run: what is trained where, and in simulation whose data looks how."""
-    sizes = ", ".join(f"{split} {size}" for split, size in data.split_sizes.items())
-    lines = [f"data: {sizes}" + (f"; {data.num_labels} labels" if data.num_labels else "")]
-    if strategy.layout != "site":
-        lines.append(
-            f"{len(data.client_names)} clients, {strategy.num_edges} edges, layout {strategy.layout};"
-            f" {strategy.edge_rounds} x {strategy.local_steps} local steps a round"
-        )
-        histogram = data.label_histogram
-        for client in data.client_names[:_MOST_CLIENTS_IN_TABLE]:
-            lines.append(f"  {client}: {data.client_sizes[client]} examples  {histogram[client] or ''}")
-        more = len(data.client_names) - _MOST_CLIENTS_IN_TABLE
-        if more > 0:
-            lines.append(f"  and {more} more")
-        lines.append(f"run folder: {run_dir}")
-    return "\n".join(lines)
-
-
-def _closing(summary: dict[str, Any], run_dir: Path) -> str:
-    """The closing lines of a run: figures, and where everything lies."""
-    figures = [f"{name} {summary[name]:.4f}" for name in ("test_accuracy", "test_f1", "test_loss") if summary[name]]
-    sent = summary["bytes"]
-    lines = ["", "  ".join(figures or ["no test data"])]
-    for link in ("uplink", "downlink", "adapters"):
-        lines.append(f"{link}: " + ", ".join(f"{way} {count / 1e6:.1f} MB" for way, count in sent[link].items()))
-    lines.append(
-        f"{summary['rounds']} rounds in {summary['seconds']['total']:.0f} s, {sent['total'] / 1e6:.1f} MB sent"
-    )
-    lines += [f"adapter: {summary['adapter']}", f"summary: {run_dir / 'summary.json'}"]
-    return "\n".join(lines)
 
 
 @contextmanager
@@ -292,28 +340,27 @@ def main(args: Sequence[str] | None = None) -> int:
         Exit code: 0 for success, 1 for a failed run, 130 after Ctrl-C, 143 after SIGTERM; 2, by way of SystemExit, for
         settings that do not parse.
     """
-    launcher.arguments = list(sys.argv[1:] if args is None else args)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     # Lightning's notices (devices, tips, restored files) would bury the rounds
     for package in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(package).setLevel(logging.WARNING)
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    # ${data_root} in a file means the file's own key, which lies below "fit" once the file is read
-    set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+    # Lightning 2.6 calls jsonargparse 4.53 by names that go in its version 5
+    warnings.filterwarnings("ignore", category=DeprecationWarning, module=r"lightning\.pytorch\.cli")
     ElsaCLI.running = None
     code = 1
     with _ending_on_signals():
         try:
+            launcher.arguments = expand_run(sys.argv[1:] if args is None else args)
             ElsaCLI(
                 SplitModel,
                 FederatedTextDataModule,
-                args=None if args is None else launcher.arguments,
-                seed_everything_default=0,
-                parser_kwargs={"parser_mode": "omegaconf+"},
+                args=launcher.arguments,
+                parser_class=SettingsParser,
+                parser_kwargs=parser_kwargs(),
                 auto_configure_optimizers=False,  # model.optimizer is made for each tier
                 save_config_callback=SaveGivenConfig,
-                save_config_kwargs={"overwrite": True},
                 trainer_defaults={
                     "accelerator": "cpu",
                     "devices": 1,
@@ -332,7 +379,7 @@ def main(args: Sequence[str] | None = None) -> int:
         except (ElsaError, ValueError, OSError, MisconfigurationException) as error:
             if not isinstance(error, ElsaError) and ElsaCLI.running is not None and ElsaCLI.running.running:
                 log.exception("the run failed")  # not an error of the settings: those are found before RPC starts
-            print(f"error: {_own_words(error)}", file=sys.stderr)
+            print(f"error: {own_words(error)}", file=sys.stderr)
         except SystemExit as stop:
             code = stop.code if isinstance(stop.code, int) else 1
             if code in (130, 143):

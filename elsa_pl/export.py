@@ -1,18 +1,44 @@
-"""What a run leaves behind: the adapter as a PEFT folder, and the summary."""
+"""What a run leaves behind: a folder, the adapter in it as a PEFT folder, and the summary."""
 
 import json
+import os
 from collections.abc import Mapping
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
+from elsa_pl.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from elsa_pl.tiers import SplitModel
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
 _LINKS = ("uplink/forward", "uplink/backward", "downlink/forward", "downlink/backward", "adapters/up", "adapters/down")
+
+
+def new_folder(parent: Path, suffix: str) -> Path:
+    """Name a folder for a run that starts now; it is made when something is written to it."""
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S") + suffix
+    folder, count = parent / name, 1
+    while folder.exists():
+        count += 1
+        folder = parent / f"{name}_{count}"
+    return folder
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a run folder that cannot be made, without making it.
+
+    Raises:
+        ConfigurationError: naming what is in the way.
+    """
+    there = next(path for path in folder.absolute().parents if os.path.lexists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        reason = "may not be written to" if there.is_dir() else "is no folder"
+        raise ConfigurationError(
+            f"expected a run folder that can be made, got {folder}, where {there} {reason}: give another --output_dir"
+        )
 
 
 def export_adapter(module: "SplitModel", folder: Path) -> None:
@@ -24,11 +50,7 @@ def export_adapter(module: "SplitModel", folder: Path) -> None:
         module: after training; it knows how to build the uncut model.
         folder: made if it is not there.
     """
-    model = module.build()
-    parameters = {name: value for name, value in model.get_base_model().named_parameters() if value.requires_grad}
-    with torch.no_grad():
-        for name, value in module.global_adapters().items():
-            parameters[name].copy_(value)
+    model = module.build_trained()
     # without this, peft looks a hub up for the base model's embeddings
     model.save_pretrained(str(folder), save_embedding_layers=False)
 
@@ -44,24 +66,28 @@ def summarise(
     *,
     seconds: Mapping[str, float],
     adapter: Path | None,
+    stage: Literal["test", "val"] = "test",
 ) -> dict[str, Any]:
     """The contents of ``summary.json``; its keys are stable.
 
     Args:
         module: after training.
-        metrics: what the test logged, by name.
+        metrics: what the test, or the validation, logged, by name.
         seconds: wall seconds of further phases.
         adapter: where the adapter lies.
+        stage: which of the two it was.
 
     Returns:
-        - ``test_accuracy``, ``test_f1`` (macro), ``test_loss``, ``test_perplexity``: None where there is no test or
-          the task has no such figure;
+        - ``test_accuracy``, ``test_f1`` (macro), ``test_loss``, ``test_perplexity`` of the model in parts, and with
+          ``test_merged_`` in front of the merged model; after a validation ``val_accuracy`` and so on. None where
+          there is no test or the task has no such figure;
         - ``rounds``: global rounds trained;
         - ``bytes``: payload bytes by link and direction, over all clients and rounds, and ``total``;
         - ``seconds``: wall seconds by phase;
         - ``versions``, ``seed``, ``adapter``.
     """
-    names = ("test_accuracy", "test_f1", "test_loss", "test_perplexity")
+    prefixes = ("test", "test_merged") if stage == "test" else ("val",)
+    names = [f"{prefix}_{figure}" for prefix in prefixes for figure in ("accuracy", "f1", "loss", "perplexity")]
     num_bytes: dict[str, Any] = {}
     for name in _LINKS:
         link, direction = name.split("/")

@@ -4,7 +4,6 @@ import json
 import random
 import subprocess
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,10 +131,7 @@ def run_here(output_dir: Path, name: str, settings: Settings) -> Run:
 
     A second world in one process numbers RPC's barriers on from the first, which fresh peers do not.
     """
-    with warnings.catch_warnings():
-        # Lightning, when the own process has a command line too, as pytest has
-        warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
-        assert cli.main(arguments(output_dir, name, settings)) == 0
+    assert cli.main(arguments(output_dir, name, settings)) == 0
     return find_run(output_dir, name)
 
 

@@ -24,8 +24,6 @@ BERT = (
 ROWS = ["text,label", *(f"the river number {index} is wide,l{index % 4}" for index in range(48))]
 VARIABLE = "ELSA_TEST_BAD_INPUT"
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-
 # what is wrong, the arguments that make it so, and words that the error must have
 Case = tuple[str, list[str], list[str]]
 CASES: list[Case] = [

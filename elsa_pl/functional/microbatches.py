@@ -1,11 +1,15 @@
 """Batches cut into micro-batches, so that a single client can keep several passes in flight."""
 
 from collections.abc import Mapping
+from typing import Final
 
 import torch
 from torch import Tensor
 
 Batch = Mapping[str, Tensor]
+
+IGNORE_INDEX: Final = -100
+"""The label of padding in causal language modelling, which the loss leaves out."""
 
 
 def split_batch(batch: Batch, count: int, *, causal_lm: bool = False) -> list[tuple[Batch, float]]:
@@ -38,10 +42,14 @@ def split_batch(batch: Batch, count: int, *, causal_lm: bool = False) -> list[tu
         longest = int(lengths[rows].max())
         part = {name: value[rows] if value.ndim == 1 else value[rows, :longest] for name, value in batch.items()}
         parts.append(part)
-        sizes.append(num_targets(part) if causal_lm else len(rows))
+        sizes.append(num_targets(part["labels"]) if causal_lm else len(rows))
     return [(part, size / sum(sizes)) for part, size in zip(parts, sizes, strict=True)]
 
 
-def num_targets(batch: Batch) -> int:
-    """Tokens that a causal language model is asked to predict in a batch: all but the first and the padding."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+def num_targets(labels: Tensor) -> int:
+    """Tokens that a causal language model is asked to predict: all but the first of each text and the padding.
+
+    Args:
+        labels: (B, T), the tokens themselves, and `IGNORE_INDEX` for padding.
+    """
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())

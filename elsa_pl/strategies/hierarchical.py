@@ -323,6 +323,11 @@ class HierarchicalStrategy(ParallelStrategy):
         return self._role in (None, "host")
 
     @property
+    def keeps_checkpoints(self) -> bool:
+        """Whether checkpoints may be read and written in this process; in the site layout only the cloud does."""
+        return self._role in (None, "cloud")
+
+    @property
     def local_clients(self) -> tuple[str, ...]:
         """Clients that this process hosts."""
         return tuple(self.rounds.clients)

@@ -1,7 +1,7 @@
 """How far the clients are, told to the cloud while a round is under way: only its terminal has somebody before it.
 
-A host sends a few numbers twice a second, and when a client has done its round. Nothing waits for them and nothing depends on them, so a message that
-is lost is no error.
+A host sends a few numbers twice a second, and when a client has done its round. Nothing waits for them and nothing
+depends on them, so a message that is lost is no error.
 """
 
 import logging

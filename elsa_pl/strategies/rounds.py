@@ -308,7 +308,7 @@ def _join(shares: Sequence[Batch], outputs: Sequence[Any]) -> Evaluation:
     if "labels" not in shares[0]:
         return Evaluation(None, logits)
     by_token = shares[0]["labels"].ndim == 2
-    counts = torch.tensor([num_targets(share) if by_token else len(share["labels"]) for share in shares])
+    counts = torch.tensor([num_targets(share["labels"]) if by_token else len(share["labels"]) for share in shares])
     losses = torch.stack([output.loss.float().cpu() for output in outputs])
     # a share without anything to predict has no loss: nan
     return Evaluation((losses.nan_to_num() * counts).sum() / counts.sum(), logits)

@@ -6,32 +6,28 @@ them live with the processes that run them; the strategy places those, and this 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal
 
-import lightning as L
 import torch
-from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric, Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
 from elsa_pl.partition import Part, SplitPlan, check_cut, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
+from elsa_pl.tiers.evaluation import EvaluatedModel
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
 from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
-from elsa_pl.tiers.tier import PrecisionContext
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +39,7 @@ def adamw(parameters: list[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-class SplitModel(L.LightningModule):
+class SplitModel(EvaluatedModel):
     """A language model cut into front, middle and tail per client, fine-tuned with LoRA.
 
     Args:
@@ -108,7 +104,7 @@ class SplitModel(L.LightningModule):
         # model could not be loaded
         self._held: list[PeftModel] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
-        self._metrics: dict[str, dict[str, Metric | MetricCollection]] = {}
+        self._resolved_plan: SplitPlan | None = None
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
 
@@ -118,6 +114,15 @@ class SplitModel(L.LightningModule):
             self.model_name, self.model_config, self.task, self.num_labels, seed=derive_seed(self.seed, "model")
         )
         return add_lora(base, self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
+
+    def build_trained(self) -> PeftModel:
+        """The uncut model with the global adapters."""
+        model = self.build()
+        parameters = dict(model.get_base_model().named_parameters())
+        with torch.no_grad():
+            for name, value in self.global_adapters().items():
+                parameters[name].copy_(value)
+        return model
 
     def prepare(self, num_labels: int | None) -> None:
         """Build the model and check every cut before any process starts: what is wrong here is wrong everywhere.
@@ -129,6 +134,7 @@ class SplitModel(L.LightningModule):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
+        self._resolved_plan = self.plan.resolve(num_blocks(self._base))
 
     @property
     def _base(self) -> PeftModel:
@@ -152,10 +158,7 @@ class SplitModel(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.num_labels is None and self.task == "classification":
             self.num_labels = self.trainer.datamodule.num_labels  # type: ignore[attr-defined]  # set by the Trainer
-        if stage in ("fit", "validate"):
-            self._metrics["val"] = self._make_metrics()
-        if stage == "test":
-            self._metrics["test"] = self._make_metrics()
+        super().setup(stage)
 
     def configure_model(self) -> None:
         if hasattr(self, "adapters"):
@@ -165,8 +168,8 @@ class SplitModel(L.LightningModule):
                 self.prepare(self.num_labels)
             else:
                 self._held = [self.build()]
-        plan = self.plan.resolve(num_blocks(self._base))
-        self.adapters = ParameterTree(_adapters_of(self._parts_for(plan)))
+        self._resolved_plan = self.plan.resolve(num_blocks(self._base))
+        self.adapters = ParameterTree(_adapters_of(self._parts_for(self._resolved_plan)))
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         if plan not in self._parts:
@@ -180,20 +183,13 @@ class SplitModel(L.LightningModule):
     def make_ends(self, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
         """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
         front, _, tail = self._parts_for(plan)
-        shared = (self.make_optimizer, self._precision_on(device), device)
+        shared = (self.make_optimizer, self.precision_on(device), device)
         return FrontModule(replicate(front), *shared), TailModule(replicate(tail), *shared)
 
     def make_middle(self, plan: SplitPlan, device: torch.device) -> MiddleModule:
         """A client's session at its edge."""
         _, middle, _ = self._parts_for(plan)
-        return MiddleModule(replicate(middle), self.make_optimizer, self._precision_on(device), device)
-
-    def _precision_on(self, device: torch.device) -> PrecisionContext:
-        """The Trainer's precision, on a tier's device: the Trainer's own plugin knows the CPU only."""
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision):
-            plugin = MixedPrecision("bf16-mixed", device.type)  # the only mixed precision that is not refused
-        return plugin.forward_context
+        return MiddleModule(replicate(middle), self.make_optimizer, self.precision_on(device), device)
 
     def forget_base_model(self) -> None:
         """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
@@ -223,10 +219,6 @@ class SplitModel(L.LightningModule):
             num_training_steps=total,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    @property
-    def _strategy(self) -> Any:
-        return self.trainer.strategy
 
     def on_train_epoch_start(self) -> None:
         if self._strategy.reset_optimizer:
@@ -277,7 +269,33 @@ class SplitModel(L.LightningModule):
             values["train_loss"] = sum(report.loss_sum for report in reports) / examples
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)
 
+    def identity(self, labels: Sequence[str]) -> dict[str, Any]:
+        """What the adapters of this model belong to; `elsa_pl.identity` compares it with a checkpoint's.
+
+        Args:
+            labels: names of the classes in order; empty for causal language modelling.
+        """
+        assert self._resolved_plan is not None, "the model is built before its adapters are saved or loaded"
+        targets = self.lora.target_modules
+        return {
+            "model.model": self.model_name,
+            "model.model_config": self.model_config,
+            "model.task": self.task,
+            "model.plan": asdict(self._resolved_plan),
+            "model.lora.rank": self.lora.rank,
+            "model.lora.alpha": float(self.lora.alpha),
+            "model.lora.target_modules": None if targets is None else list(targets),
+            "data.labels": list(labels),
+        }
+
+    def on_validation_epoch_end(self) -> None:
+        super().on_validation_epoch_end()
+        # here, because a checkpoint comes next: what the next round's report had, a resumed run would not know of
+        for report in self._strategy.world.exchange(self._strategy.rounds.take_report()).values():
+            self.num_bytes.update(report.num_bytes)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["elsa_identity"] = self.identity(self.trainer.datamodule.labels)  # type: ignore[attr-defined]
         checkpoint["elsa_totals"] = {
             "num_rounds": self.num_rounds,
             "num_bytes": dict(self.num_bytes),
@@ -285,79 +303,14 @@ class SplitModel(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.trainer.state.fn != TrainerFn.FITTING:  # testing an earlier round does not undo the later ones
+        fitting = self.trainer.state.fn == TrainerFn.FITTING
+        if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
             return
-        if not self._strategy.reset_optimizer:
+        if fitting and not self._strategy.reset_optimizer:
             log.warning("optimizer states are not in a checkpoint: with reset_optimizer=false they start afresh here")
         totals = checkpoint["elsa_totals"]
         self.num_rounds = totals["num_rounds"]
         self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
-
-    # ---- evaluation of the global model, through the pipeline -------------------------------------------------------
-
-    def _make_metrics(self) -> dict[str, Metric | MetricCollection]:
-        strategy = self._strategy
-        # A site's F1 needs its counts by label, which stay at the site (see _summarise); sums of losses may leave.
-        own: dict[str, Any] = {"distributed_available_fn": lambda: False}
-        shared: dict[str, Any] = {
-            "dist_sync_fn": strategy.gather,
-            "distributed_available_fn": lambda: strategy.world_size > 1,
-        }
-        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(**shared)}
-        if self.task == "classification":
-            assert self.num_labels is not None
-            counts = own if strategy.layout == "site" else shared
-            metrics["scores"] = MetricCollection(
-                {
-                    "accuracy": MulticlassAccuracy(self.num_labels, average="micro", **counts),
-                    "f1": MulticlassF1Score(self.num_labels, average="macro", **counts),
-                }
-            )
-        return metrics
-
-    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("val", batch, batch_idx)
-
-    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
-        self._evaluate("test", batch, batch_idx)
-
-    def _evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
-        if not batch:  # this process holds no evaluation data
-            return
-        output = self._strategy.rounds.evaluate(batch, batch_idx)
-        labels = batch["labels"]
-        count = num_targets(batch) if self.task == "causal_lm" else len(labels)
-        metrics = self._metrics[stage]
-        metrics["loss"].update(output.loss, weight=count)
-        if "scores" in metrics:
-            metrics["scores"].update(output.logits, labels)
-
-    def on_validation_epoch_end(self) -> None:
-        self._summarise("val")
-        # here, because a checkpoint comes next: what the next round's report had, a resumed run would not know of
-        for report in self._strategy.world.exchange(self._strategy.rounds.take_report()).values():
-            self.num_bytes.update(report.num_bytes)
-
-    def on_test_epoch_end(self) -> None:
-        self._summarise("test")
-
-    def _summarise(self, stage: str) -> None:
-        metrics = self._metrics[stage]
-        loss: Any = metrics["loss"]
-        local_weight = float(loss.weight)  # before compute(), which sums over all processes
-        values: dict[str, Any] = {"loss": loss.compute()}
-        if "scores" in metrics:
-            values.update(metrics["scores"].compute())
-            if self._strategy.layout == "site":
-                names = [name for name in values if name != "loss"]
-                mine = torch.stack([values[name] * local_weight for name in names] + [torch.tensor(local_weight)])
-                summed = torch.stack(self._strategy.gather(mine.nan_to_num())).sum(0)
-                values.update({name: summed[index] / summed[-1] for index, name in enumerate(names)})
-        if self.task == "causal_lm":
-            values["perplexity"] = values["loss"].exp()
-        for metric in metrics.values():
-            metric.reset()
-        self.log_dict({f"{stage}_{name}": value for name, value in values.items()}, prog_bar=True)
 
 
 class ParameterTree(nn.Module):
