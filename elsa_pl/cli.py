@@ -280,7 +280,8 @@ class ElsaCLI(LightningCLI):
     def predict(self, **kwargs: Any) -> None:
         """Predict; the process that computes the predictions also writes them."""
         self.trainer.predict(return_predictions=False, **kwargs)
-        if _is_first() or self.trainer.strategy.own_client is not None:
+        strategy = self.trainer.strategy
+        if strategy.own_client is not None or (_is_first() and strategy.layout != "site"):
             print(f"predictions: {self.predictions.path}", flush=True)
 
     def _finish(self, metrics: Mapping[str, Any], seconds: dict[str, float], adapter: Path | None = None) -> None:

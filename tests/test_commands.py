@@ -171,7 +171,7 @@ def test_predictions_do_not_depend_on_the_layout(fitted: Fitted, tmp_path: Path)
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_torchrun_tests_and_gives_the_same_figures(fitted: Fitted, tmp_path: Path) -> None:
-    prefix = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
+    prefix = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "train.py"]
     run, _ = command_apart(prefix, "test", fitted, tmp_path, f"{STRATEGY}layout", "tiers")
     assert {name: run.summary()[name] for name in ("test_accuracy", "test_merged_accuracy")} == {
         name: fitted.run.summary()[name] for name in ("test_accuracy", "test_merged_accuracy")

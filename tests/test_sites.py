@@ -15,9 +15,11 @@ TIMEOUT_S = 100
 LABELS = ["account", "billing", "device", "network"]
 
 
-def start_torchrun(node: int, num_nodes: int, port: int, output_dir: Path, settings: Settings) -> subprocess.Popen[str]:
+def start_torchrun(
+    node: int, num_nodes: int, port: int, output_dir: Path, settings: Settings, command: str = "fit"
+) -> subprocess.Popen[str]:
     """One torchrun with one process, which has the settings of `tests.runs.DEFAULTS` and these."""
-    return torchrun(node, num_nodes, port, arguments(output_dir, "run", settings))
+    return torchrun(node, num_nodes, port, [command, *arguments(output_dir, "run", settings)[1:]])
 
 
 def torchrun(node: int, num_nodes: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
@@ -75,7 +77,18 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     assert summary["rounds"] == 2
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["test_accuracy"] * 40 == pytest.approx(round(summary["test_accuracy"] * 40), abs=1e-4)
+    assert summary["test_merged_accuracy"] is None, "no site holds the whole model"
     assert pd.read_csv(run.folder / "metrics.csv")["train_loss"].notna().sum() == 2
+    # each host predicts the rows of its own file, beside its own name; only the cloud (index 1) has the checkpoint
+    port, predicted = free_port(), tmp_path / "predicted"
+    sites = [
+        {**site, "data.test_file": test_file, "ckpt_path": str(run.checkpoint()) if index == 1 else "of_the_cloud.ckpt"}
+        for index, site in enumerate(sites)
+    ]
+    wait_for([start_torchrun(node, 4, port, predicted, settings, "predict") for node, settings in enumerate(sites)])
+    files = sorted(predicted.glob("run/*-predict/*/predictions.csv"))
+    assert [file.parent.name for file in files] == ["hospital-0", "hospital-1"]
+    assert [len(pd.read_csv(file)) for file in files] == [40, 40]
 
 
 def test_the_config_of_sites(tmp_path: Path) -> None:
