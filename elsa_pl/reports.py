@@ -73,8 +73,8 @@ def closing(summary: dict[str, Any], run_dir: Path, model: "SplitModel") -> str:
         )
         for link in ("uplink", "downlink", "adapters"):
             lines.append(f"  {link}: " + ", ".join(f"{way} {count / 1e6:.1f} MB" for way, count in sent[link].items()))
-    lines += ["", f"in {run_dir}:"]
-    lines += [f"  {name:<15} {what}" for name, what in _LEFT_BEHIND.items() if (run_dir / name).exists()]
+    found = {str(run_dir / name): what for name, what in _LEFT_BEHIND.items() if (run_dir / name).exists()}
+    lines += ["", *(f"{path:<{max(map(len, found))}}  {what}" for path, what in found.items())]
     if adapter is not None and model.model_name is not None:  # random weights have no name to load them by
         lines += ["", *loading_lines(model.model_name, model.task, model.num_labels, Path(adapter).resolve())]
     return "\n".join(lines)

@@ -64,13 +64,15 @@ class Terminal:
 
     def __init__(self) -> None:
         self._reading, writing = os.openpty()
-        os.set_blocking(self._reading, False)
         self.stdout = os.fdopen(writing, "w")
 
     def read(self) -> str:
-        """What was written so far; less than a terminal's buffer holds."""
-        self.stdout.flush()
-        return os.read(self._reading, 65536).decode()
+        """What was written so far; less than a terminal's buffer holds. It arrives in pieces, the bell last."""
+        print("\a", end="", file=self.stdout, flush=True)
+        raw = b""
+        while not raw.endswith(b"\a"):
+            raw += os.read(self._reading, 65536)
+        return raw[:-1].decode()
 
     def close(self) -> None:
         self.stdout.close()
