@@ -57,6 +57,7 @@ def test_two_torchruns_give_the_same_numbers(tmp_path: Path) -> None:
     assert run.summary()["bytes"] == here.summary()["bytes"]
 
 
+@pytest.mark.timeout(240)
 def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     """Each process names its role; data stays where it is; the cloud is not rank 0 and has no data."""
     test_file = write_tickets(tmp_path / "test.csv", 40, seed=9)
@@ -86,8 +87,8 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
         for index, site in enumerate(sites)
     ]
     wait_for([start_torchrun(node, 4, port, predicted, settings, "predict") for node, settings in enumerate(sites)])
-    files = sorted(predicted.glob("run/*-predict/*/predictions.csv"))
-    assert [file.parent.name for file in files] == ["hospital-0", "hospital-1"]
+    files = list(predicted.glob("run/*-predict/*/predictions.csv"))
+    assert {file.parent.name for file in files} == {"hospital-0", "hospital-1"}
     assert [len(pd.read_csv(file)) for file in files] == [40, 40]
 
 
