@@ -1,5 +1,9 @@
 """Lightning callbacks that other projects can use too: they need lightning, torch and `elsa_pl.functional` only."""
 
+from elsa_pl.callbacks.assignment import LatencyAwareAssignment
+from elsa_pl.callbacks.clustering import BehaviorClustering
 from elsa_pl.callbacks.progress import RoundProgress
+from elsa_pl.callbacks.splitting import ResourceAwareSplitting
+from elsa_pl.callbacks.trust import TrustScoring
 
-__all__ = ["RoundProgress"]
+__all__ = ["BehaviorClustering", "LatencyAwareAssignment", "ResourceAwareSplitting", "RoundProgress", "TrustScoring"]

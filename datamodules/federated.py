@@ -8,7 +8,7 @@ In Lightning one item of the training loader is a mapping from client to batches
 clients it holds is asked of the strategy when the item is made, through the ``Federation`` protocol.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from inspect import getattr_static
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -16,28 +16,18 @@ import lightning as L
 import numpy as np
 import torch
 
-from elsa_pl.datamodules import partitioners
-from elsa_pl.datamodules.batches import Batch, BatchOrder, Indices, TokenizedExamples, tokenize
+from elsa_pl.datamodules.batches import Batch, BatchOrder, TokenizedExamples, by_length, tokenize
+from elsa_pl.datamodules.division import Division, Partition
+from elsa_pl.datamodules.faults import DEFAULT_SCALE, FaultKind, FaultSettings
+from elsa_pl.datamodules.loading import Loaded, Loading
+from elsa_pl.datamodules.probes import Probes
 from elsa_pl.datamodules.rounds import EvalLoader, EvalSplit, Federation, PredictLoader, RoundLoader
-from elsa_pl.datamodules.sources import Columns, Rows, find_labels, load_rows, load_source
-from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.datamodules.sources import Columns, Rows, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["FederatedTextDataModule", "Federation"]
-
-Partition = Literal["iid", "dirichlet", "shards", "groups", "column"]
-
-
-@dataclass(frozen=True)
-class _Loaded:
-    """Everything that ``load`` finds out."""
-
-    rows: dict[str, Rows]
-    labels: list[str]
-    parts: dict[str, Indices]
-    groups: dict[str, int] | None
 
 
 class FederatedTextDataModule(L.LightningDataModule):
@@ -67,6 +57,12 @@ class FederatedTextDataModule(L.LightningDataModule):
         shards_per_client: int = 2,
         num_groups: int = 4,
         validation_fraction: float = 0.1,
+        probe_file: str | None = None,
+        num_probes: int = 0,
+        faults: dict[str, FaultKind] | None = None,
+        faulty_fraction: float = 0.0,
+        fault: FaultKind | None = None,
+        fault_scale: float = DEFAULT_SCALE,
         seed: int = 0,
     ) -> None:
         """Check and keep the settings; nothing is read before ``load``.
@@ -88,68 +84,42 @@ class FederatedTextDataModule(L.LightningDataModule):
             batch_size: examples of one training batch of one client.
             eval_batch_size: examples of one validation or test batch.
             num_clients: how many clients the training rows are divided among.
-            partition: how: see ``elsa_pl.datamodules.partitioners``.
+            partition: how: see ``elsa_pl.datamodules.partitioners``, and ``elsa_pl.datamodules.planted`` for groups of
+                clients that differ in the mix of their labels (``groups``) or in wording only (``sources``).
             alpha: concentration of ``dirichlet`` and ``groups``, > 0.
             shards_per_client: for ``shards``.
-            num_groups: for ``groups``.
+            num_groups: for ``groups`` and ``sources``.
             validation_fraction: part of the training rows, in [0, 1), set aside when the source has no
                 validation rows; stratified by label (by client for ``column``).
-            seed: of the partition, the validation rows and the order of batches.
+            probe_file: public texts on which clients are compared: the text columns and no other. A site needs it.
+            num_probes: how many texts of ``probe_file`` are used, its first; 0: all. Without a file, how many training
+                texts are set aside as probes before partitioning, stratified as for validation; 0: none, and no probes.
+            faults: client to kind of fault, for experiments: see ``elsa_pl.datamodules.faults.FaultKind``.
+            faulty_fraction: part of the clients, in [0, 1), drawn by the seed, that have ``fault``.
+            fault: their kind of fault.
+            fault_scale: how many times an update is ``scaled`` or flipped (``sign_flip``), or a client is ``slow``.
+            seed: of the partition, the validation rows, the probes, the faulty clients and the order of batches.
 
         Raises:
             ValueError: a value is out of range, or settings contradict each other.
         """
         super().__init__()
         _check_choice("task", task, ("classification", "causal_lm"))
-        _check_choice("partition", partition, ("iid", "dirichlet", "shards", "groups", "column"))
         for name, value, least in (
             ("max_length", max_length, 4),
             ("batch_size", batch_size, 1),
             ("eval_batch_size", eval_batch_size, 1),
-            ("num_clients", num_clients, 1),
-            ("shards_per_client", shards_per_client, 1),
-            ("num_groups", num_groups, 1),
         ):
             if value < least:
                 raise ValueError(f"expected {name} >= {least}, got {value}: raise {name}")
-        if not 0 < alpha < float("inf"):
-            raise ValueError(f"expected alpha > 0, got {alpha}: give a positive number")
-        if not 0 <= validation_fraction < 1:
-            raise ValueError(f"expected 0 <= validation_fraction < 1, got {validation_fraction}: give a part of 1")
-        if partition == "groups" and num_groups > num_clients:
-            raise ValueError(
-                f"expected num_groups <= num_clients, got num_groups={num_groups}, "
-                f"num_clients={num_clients}: lower num_groups or raise num_clients"
-            )
-        if (dataset is None) == (train_file is None):
-            given = "neither" if dataset is None else f"dataset={dataset} and train_file={train_file}"
-            raise ValueError(f"expected exactly one of dataset and train_file, got {given}: give one of them")
-        if dataset is not None and (validation_file is not None or test_file is not None):
-            raise ValueError(
-                f"expected validation_file and test_file only beside train_file, got them with "
-                f"dataset={dataset}: use train_file, or the splits of the data set"
-            )
-        if (partition == "column") != (client_column is not None):
-            raise ValueError(
-                f"expected client_column with partition=column and only there, got partition={partition}, "
-                f"client_column={client_column}: set both or neither"
-            )
-        if labels is not None and task == "causal_lm":
-            raise ValueError(f"expected no labels with task=causal_lm, got {labels}: remove labels")
-        if labels is not None and (len(labels) < 2 or len(set(labels)) < len(labels)):
-            raise ValueError(f"expected at least two different labels, got {labels}: correct labels")
-        self.task = task
-        self.tokenizer_name = tokenizer
-        self.max_length = max_length
-        self.batch_size = batch_size
-        self.eval_batch_size = eval_batch_size
-        self.seed = seed
-        self._files = {
-            "dataset": dataset,
-            "train_file": train_file,
-            "validation_file": validation_file,
-            "test_file": test_file,
-        }
+        division = Division(
+            partition=partition,
+            num_clients=num_clients,
+            alpha=alpha,
+            shards_per_client=shards_per_client,
+            num_groups=num_groups,
+            client_column=client_column,
+        )
         self._columns = Columns(
             text=text_column,
             text_pair=text_pair_column,
@@ -157,24 +127,40 @@ class FederatedTextDataModule(L.LightningDataModule):
             client=client_column,
             label_required=task == "classification",
         )
+        self._loading = Loading(
+            dataset=dataset,
+            train_file=train_file,
+            validation_file=validation_file,
+            test_file=test_file,
+            columns=self._columns,
+            task=task,
+            labels=labels,
+            validation_fraction=validation_fraction,
+            num_probes=num_probes if probe_file is None else 0,
+            division=division,
+            faults=FaultSettings(by_client=faults, fraction=faulty_fraction, kind=fault, scale=fault_scale),
+            seed=seed,
+        )
+        self._probes = Probes(probe_file, num_probes, self._columns)
+        self.fault_scale = fault_scale
+        self.task = task
+        self.tokenizer_name = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.seed = seed
         self._predict_file = predict_file
         self._predict_rows: Rows | None = None
-        self._given_labels = labels
-        self._partition = partition
-        self._num_clients = num_clients
-        self._alpha = alpha
-        self._shards_per_client = shards_per_client
-        self._num_groups = num_groups
-        self._validation_fraction = validation_fraction
         self._own_client: str | None = None
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self._train_tokens: dict[str, TokenizedExamples] = {}
         self._orders: dict[str, BatchOrder] = {}
         self._eval_batches: dict[tuple[str, int, int], list[Batch]] = {}
+        self._probe_batches: dict[int, list[Batch]] = {}
 
     def load(self, own_client: str | None = None) -> None:
-        """Read the source, find the labels, set validation rows aside and partition. Idempotent.
+        """Read the source, find the labels, set validation rows and probes aside, and partition. Idempotent.
 
         Args:
             own_client: the name of a site that reads a file of its own: all training rows are then that
@@ -182,7 +168,8 @@ class FederatedTextDataModule(L.LightningDataModule):
 
         Raises:
             FileNotFoundError: a file is missing.
-            ValueError: the data is not what the settings say, or the partition leaves a client without data.
+            ValueError: the data is not what the settings say, the partition leaves a client without data, or there
+                are fewer rows than probes asked for.
         """
         if self._loaded is not None:
             if own_client != self._own_client:
@@ -191,60 +178,10 @@ class FederatedTextDataModule(L.LightningDataModule):
                     f"{self._own_client}: make another FederatedTextDataModule"
                 )
             return
-        if own_client is not None and self.task == "classification" and self._given_labels is None:
-            raise ValueError(
-                f"expected labels where a site reads its own file, got none for {own_client}: set "
-                "data.labels to the same list at every site, since no site sees the labels of the others"
-            )
-        source = load_source(columns=self._columns, **self._files)
-        vocabulary = None
-        if self.task == "classification":
-            vocabulary = self._given_labels or source.label_names or find_labels(source.train["label"])
-        splits = {"train": source.train, "validation": source.validation, "test": source.test}
-        rows = {
-            split: Rows.of(table, split, vocabulary, given=self._given_labels is not None)
-            for split, table in splits.items()
-            if table is not None
-        }
-        train = rows["train"]
-        if "validation" not in rows and self._validation_fraction > 0:
-            strata = train.clients or train.labels or [""] * len(train.texts)
-            generator = np.random.default_rng(derive_seed(self.seed, "validation rows"))
-            kept, aside = partitioners.set_aside(strata, self._validation_fraction, generator)
-            rows["train"], rows["validation"] = train.take(kept), train.take(aside)
-        self._own_client = own_client
-        names, parts, groups = self._divide(rows["train"], own_client)
-        self._loaded = _Loaded(rows, vocabulary or [], dict(zip(names, parts, strict=True)), groups)
-
-    def _divide(self, train: Rows, own_client: str | None) -> tuple[list[str], list[Indices], dict[str, int] | None]:
-        """Return client names, their rows, and the planted group of each where there are groups."""
-        if own_client is not None:
-            return [own_client], [np.arange(len(train.texts))], None
-        if self._partition == "column":
-            assert train.clients is not None
-            return *partitioners.by_column(train.clients), None
-        labels = train.labels
-        if labels is None:
-            if self._partition != "iid":
-                raise ValueError(
-                    f"expected a column {self._columns.label!r} for partition={self._partition}, got none: "
-                    "use partition=iid, or partition=column with client_column"
-                )
-            labels = [""] * len(train.texts)
-        generator = np.random.default_rng(derive_seed(self.seed, "partition"))
-        names = [f"client-{i}" for i in range(self._num_clients)]
-        if self._partition == "groups":
-            parts, groups = partitioners.groups(labels, self._num_clients, generator, self._num_groups, self._alpha)
-            return names, parts, dict(zip(names, groups.tolist(), strict=True))
-        if self._partition == "dirichlet":
-            return names, partitioners.dirichlet(labels, self._num_clients, generator, self._alpha), None
-        if self._partition == "shards":
-            return (
-                names,
-                partitioners.shards(labels, self._num_clients, generator, self._shards_per_client),
-                None,
-            )
-        return names, partitioners.iid(labels, self._num_clients, generator), None
+        loaded = self._loading.load(own_client)
+        if own_client is None and self._probes.file is not None:
+            self._probes.of(loaded, own_client)  # a fault in the file shows before anything starts
+        self._loaded, self._own_client = loaded, own_client
 
     @property
     def labels(self) -> list[str]:
@@ -252,45 +189,45 @@ class FederatedTextDataModule(L.LightningDataModule):
 
         Known without loading where ``labels`` were given.
         """
-        if self._loaded is None and self._given_labels is not None:
-            return list(self._given_labels)
+        if self._loaded is None and self._loading.labels is not None:
+            return list(self._loading.labels)
         return list(self._require_loaded("labels").labels)
 
     @property
     def num_labels(self) -> int:
         """The number of classes; 0 for ``causal_lm``. Known without loading where ``labels`` were given."""
-        if self._loaded is None and self._given_labels is not None:
-            return len(self._given_labels)
+        if self._loaded is None and self._loading.labels is not None:
+            return len(self._loading.labels)
         return len(self._require_loaded("num_labels").labels)
 
     @property
     def client_names(self) -> list[str]:
         """All clients, in order."""
-        return list(self._require_loaded("client_names").parts)
+        return list(self._require_loaded("client_names").divided.parts)
 
     @property
     def client_sizes(self) -> dict[str, int]:
         """The number of training examples of each client."""
-        return {name: len(part) for name, part in self._require_loaded("client_sizes").parts.items()}
+        return self._require_loaded("client_sizes").sizes
 
     @property
     def client_groups(self) -> dict[str, int] | None:
-        """The planted group of each client; None unless ``partition=groups``."""
-        return self._require_loaded("client_groups").groups
+        """The planted group of each client; None unless ``partition`` is ``groups`` or ``sources``."""
+        return self._require_loaded("client_groups").divided.groups
+
+    @property
+    def client_faults(self) -> dict[str, FaultKind]:
+        """The faulty clients and what is wrong with them: the truth that a defence is judged against."""
+        return dict(self._require_loaded("client_faults").faults)
 
     @property
     def label_histogram(self) -> dict[str, list[int]]:
-        """The number of training examples of each client with each label."""
-        loaded = self._require_loaded("label_histogram")
-        codes = loaded.rows["train"].codes
-        if codes is None:
-            return {name: [] for name in loaded.parts}
-        count = len(loaded.labels)
-        return {name: np.bincount(codes[part], minlength=count).tolist() for name, part in loaded.parts.items()}
+        """The number of training examples of each client with each label; of faulty clients the true labels."""
+        return self._require_loaded("label_histogram").label_histogram
 
     @property
     def split_sizes(self) -> dict[str, int]:
-        """The number of examples of each split that there is."""
+        """The number of examples of each split that there is; training examples without probes and unused ones."""
         return {split: len(rows.texts) for split, rows in self._require_loaded("split_sizes").rows.items()}
 
     def train_batch(self, client: str, index: int) -> Batch:
@@ -303,11 +240,8 @@ class FederatedTextDataModule(L.LightningDataModule):
             ValueError: there is no such client.
         """
         loaded = self._require_loaded("train_batch")
-        if client not in loaded.parts:
-            raise ValueError(f"expected client to be one of {', '.join(loaded.parts)}, got {client}: correct it")
         if client not in self._orders:
-            part = loaded.parts[client]
-            tokens = self._tokenize(loaded.rows["train"].take(part), client)
+            tokens = self._tokenize(loaded.rows_of(client, self.seed), client)
             self._train_tokens[client] = tokens
             self._orders[client] = BatchOrder(tokens.lengths(), self.batch_size, self.seed, client)
         return self._train_tokens[client].batch(self._orders[client].rows(index))
@@ -324,10 +258,39 @@ class FederatedTextDataModule(L.LightningDataModule):
         if split in loaded.rows and key not in self._eval_batches:
             rows = loaded.rows[split]
             tokens = self._tokenize(rows.take(np.arange(shard, len(rows.texts), num_shards)), split)
-            order = np.argsort(tokens.lengths(), kind="stable")
-            starts = range(0, len(order), self.eval_batch_size)
-            self._eval_batches[key] = [tokens.batch(order[i : i + self.eval_batch_size]) for i in starts]
+            self._eval_batches[key] = [tokens.batch(part) for part in by_length(tokens, self.eval_batch_size)]
         return self._eval_batches.get(key, [])
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether the settings ask for probes. Known without loading."""
+        return self._probes.file is not None or self._probes.num_probes > 0
+
+    def probe_batches(self, batch_size: int | None = None) -> list[Batch]:
+        """Return the batches of the probe texts, shortest first; ``rows`` [B] are their places among the probes.
+
+        The same in every process. With ``probe_file`` it needs no loading, so that an edge or a cloud without data has
+        probes too. Without ``labels`` for classification. The first call is for the main thread: see `train_batch`.
+
+        Args:
+            batch_size: examples of a batch; default: ``eval_batch_size``.
+
+        Raises:
+            FileNotFoundError: ``probe_file`` is missing.
+            ValueError: it is not what it must be, or there are no probes, with what to set.
+            RuntimeError: they are training texts, and the data is not loaded.
+        """
+        size = self.eval_batch_size if batch_size is None else batch_size
+        if size < 1:
+            raise ValueError(f"expected batch_size >= 1, got {size}: raise batch_size")
+        if size not in self._probe_batches:
+            rows = self._probes.of(self._loaded, self._own_client)
+            tokens = self._tokenize(self._without_labels(rows), "the probes")
+            batches = [{**tokens.batch(part), "rows": torch.from_numpy(part)} for part in by_length(tokens, size)]
+            if self.task == "classification":
+                batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+            self._probe_batches[size] = batches
+        return self._probe_batches[size]
 
     @property
     def predict_rows(self) -> Rows:
@@ -355,11 +318,14 @@ class FederatedTextDataModule(L.LightningDataModule):
         ``labels`` mean nothing for classification: the file need not have any.
         """
         rows = self.predict_rows
-        codes = np.zeros(len(rows.texts), dtype=np.int64) if self.task == "classification" else None
-        tokens = self._tokenize(replace(rows, codes=codes), "predict")
-        order = np.argsort(tokens.lengths(), kind="stable")
-        parts = [order[i : i + self.eval_batch_size] for i in range(0, len(order), self.eval_batch_size)]
+        tokens = self._tokenize(self._without_labels(rows), "predict")
+        parts = by_length(tokens, self.eval_batch_size)
         return [{**tokens.batch(part), "rows": torch.from_numpy(part)} for part in parts]
+
+    def _without_labels(self, rows: Rows) -> Rows:
+        """The same texts; in classification all of class 0, since no class means a language model's text."""
+        codes = np.zeros(len(rows.texts), dtype=np.int64) if self.task == "classification" else None
+        return replace(rows, codes=codes)
 
     def setup(self, stage: str) -> None:
         """Load the data, of the strategy's own client where it has one; a process without clients loads none."""
@@ -404,7 +370,7 @@ class FederatedTextDataModule(L.LightningDataModule):
             )
         return cast(Federation, strategy)
 
-    def _require_loaded(self, name: str) -> _Loaded:
+    def _require_loaded(self, name: str) -> Loaded:
         if self._loaded is None:
             raise RuntimeError(f"expected the data to be loaded before {name} is used: call load() first")
         return self._loaded

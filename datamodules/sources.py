@@ -175,20 +175,30 @@ def load_source(
     return Source(rows["train"], rows.get("validation"), rows.get("test"), _class_names(tables["train"], columns.label))
 
 
-def load_rows(split: str, file: str, columns: Columns) -> "Dataset":
+def load_rows(split: str, file: str, columns: Columns, *, private: bool = True) -> "Dataset":
     """Read one file that is not part of a `Source`.
 
     Args:
         split: what it is for; ``<split>_file`` is its name in errors.
         file: as in `load_source`.
         columns: which columns to read.
+        private: whether the file may have other columns too, which are not read.
 
     Raises:
         FileNotFoundError: the file is missing.
-        ValueError: an extension, a column or a cell is not what it must be.
+        ValueError: an extension, a column or a cell is not what it must be, or there are columns that must not be.
     """
     _check_file(split, file)
-    return _normalise(_read_file(file), f"{split}_file {file}", columns, split)
+    table = _read_file(file)
+    rows = _normalise(table, f"{split}_file {file}", columns, split)
+    allowed = [name for name in (columns.text, columns.text_pair, columns.label, columns.client) if name is not None]
+    others = [name for name in table.column_names if name not in allowed]
+    if others and not private:
+        raise ValueError(
+            f"{split} file with private columns: expected only {', '.join(allowed)} in {split}_file {file}, which "
+            f"everybody sees, got also {', '.join(others)}: remove them from the file"
+        )
+    return rows
 
 
 def _check_file(split: str, file: str) -> None:

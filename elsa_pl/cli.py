@@ -25,6 +25,7 @@ from elsa_pl.callbacks import RoundProgress
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.errors import ConfigurationError, ElsaError, RunFailed
 from elsa_pl.export import check_writable, export_adapter, new_folder, summarise, write_summary
+from elsa_pl.functional.profiles import ProfileSettings
 from elsa_pl.identity import check_identity
 from elsa_pl.parsing import (
     COMMANDS,
@@ -89,6 +90,11 @@ class ElsaCLI(LightningCLI):
         parser.add_lightning_class_args(SplitModel, "model")
         parser.add_lightning_class_args(FederatedTextDataModule, "data")
         parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.add_argument(
+            "--profile",
+            type=ProfileSettings | None,
+            help="devices and links of the fleet, for simulated time, assignment and cuts; default: none",
+        )
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -96,6 +102,7 @@ class ElsaCLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed")
         parser.link_arguments("seed_everything", "data.seed")
         parser.link_arguments("model.task", "data.task")
+        parser.link_arguments("profile", "trainer.strategy.init_args.profile")
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.add_lightning_class_args(RoundProgress, "progress")
 
@@ -206,9 +213,10 @@ class ElsaCLI(LightningCLI):
             data.load(strategy.own_client)
             self._check_rows()
         if not site:
-            strategy.check(data.client_names)
             _check_names("client_plans", model.client_plans, data.client_names)
         model.prepare(data.num_labels if model.task == "classification" else None)
+        if not site:
+            strategy.check(self.trainer, model, data)
         if strategy.holds_data:
             model.check_vocabulary(data.vocabulary_size)
         if self._checkpoint is not None:

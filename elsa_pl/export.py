@@ -14,7 +14,15 @@ if TYPE_CHECKING:
     from elsa_pl.tiers import SplitModel
 
 _PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
-_LINKS = ("uplink/forward", "uplink/backward", "downlink/forward", "downlink/backward", "adapters/up", "adapters/down")
+_LINKS = (
+    "uplink/forward",
+    "uplink/backward",
+    "downlink/forward",
+    "downlink/backward",
+    "adapters/up",
+    "adapters/down",
+    "behaviour/up",
+)
 
 
 def new_folder(parent: Path, suffix: str) -> Path:

@@ -71,7 +71,7 @@ def closing(summary: dict[str, Any], run_dir: Path, model: "SplitModel") -> str:
             f"{summary['rounds']} rounds in {summary['seconds']['total']:.0f} s; {sent['total'] / 1e6:.1f} MB sent,"
             " validation included"
         )
-        for link in ("uplink", "downlink", "adapters"):
+        for link in (link for link, ways in sent.items() if link != "total" and any(ways.values())):
             lines.append(f"  {link}: " + ", ".join(f"{way} {count / 1e6:.1f} MB" for way, count in sent[link].items()))
     found = {str(run_dir / name): what for name, what in _LEFT_BEHIND.items() if (run_dir / name).exists()}
     lines += ["", *(f"{path:<{max(map(len, found))}}  {what}" for path, what in found.items())]

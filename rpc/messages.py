@@ -49,6 +49,25 @@ class Update:
 
 
 @dataclass(frozen=True)
+class Work:
+    """What one client did in a global round, for the clock of simulated time.
+
+    Attributes:
+        num_steps: optimizer steps.
+        num_sequences: texts in them.
+        num_tokens: their tokens, padding included.
+        up_bytes: payload bytes that left the client.
+        down_bytes: payload bytes that it received.
+    """
+
+    num_steps: int = 0
+    num_sequences: int = 0
+    num_tokens: int = 0
+    up_bytes: int = 0
+    down_bytes: int = 0
+
+
+@dataclass(frozen=True)
 class RoundReport:
     """What a process tells the others about its clients after a global round: sums, never single examples.
 
@@ -59,6 +78,7 @@ class RoundReport:
         seconds: wall time in the local steps and in aggregation, in seconds, by phase.
         num_bytes: payload bytes sent, by ``link/direction``.
         lost: clients that this process gave up on.
+        work: what each client of this process did.
     """
 
     loss_sum: float = 0.0
@@ -67,6 +87,7 @@ class RoundReport:
     seconds: dict[str, float] = field(default_factory=dict)
     num_bytes: dict[str, int] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
+    work: dict[str, Work] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+import torch
+from torch import Tensor
+
 from elsa_pl.errors import RemoteError
 from elsa_pl.rpc.remote import exposed, start_call
 
@@ -28,6 +31,15 @@ class Pulse:
     def ping(self) -> bool:
         """Show that this process is there."""
         return True
+
+    @exposed
+    def take(self, payload: Tensor) -> None:
+        """Receive bytes and do nothing with them: how long that takes is the caller's question."""
+
+    @exposed
+    def give(self, num_bytes: int) -> Tensor:
+        """Send so many bytes of no meaning."""
+        return torch.zeros(num_bytes, dtype=torch.uint8)
 
 
 class Monitor(threading.Thread):

@@ -20,7 +20,7 @@ _ALLOWED = {
     "collections": {"OrderedDict"},
     "builtins": {"set", "frozenset", "RuntimeError", "ValueError", "KeyError", "TypeError"},
     "elsa_pl.rpc.remote": {"_invoke", "_invoke_async"},
-    "elsa_pl.rpc.messages": {"Member", "Update", "RoundReport", "ProgressReport", "Failure"},
+    "elsa_pl.rpc.messages": {"Member", "Update", "Work", "RoundReport", "ProgressReport", "Failure"},
 }
 _RECEIVERS = {"_tensor_receiver", "_py_rref_receiver"}
 

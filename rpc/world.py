@@ -135,6 +135,8 @@ class World:
         if len(self.members) <= 1:
             return {self.worker: value}
         self._collectives += 1
+        # longer than an edge waits for its clients, or a silent client would cost its edge the place in the run
+        patience_s = self.round_timeout_s + self.call_timeout_s
         everyone = tuple(member.name for member in self.members)
         try:
             pending = remote.start_call(
@@ -145,14 +147,37 @@ class World:
                 self.worker,
                 value,
                 everyone,
-                self.round_timeout_s,
-                timeout_s=self.round_timeout_s + self.call_timeout_s,
+                patience_s,
+                timeout_s=patience_s + self.call_timeout_s,
                 answers_later=True,
             )
             return cast(dict[str, Any], pending.wait(self.board.check))
         except RemoteError as error:
             self.board.check()
             raise RunFailed(str(error).split(f"{RunFailed.__name__}: ")[-1]) from error
+
+    def gather(self, value: Any) -> dict[str, Any] | None:
+        """Every process gives a value; the cloud gets those of all by worker name, and the others get None.
+
+        Unlike `exchange`, what one process gives reaches the cloud alone, and nobody but the cloud waits.
+
+        Raises:
+            RunFailed: another process declared the run failed, or the cloud is gone.
+        """
+        if len(self.members) <= 1:
+            return {self.worker: value}
+        self._collectives += 1
+        key = ("gathered", self._collectives)
+        if self.role == "cloud":
+            self.board.post(key, self.worker, value)
+            everyone = [member.name for member in self.members]
+            return self.board.collect(key, everyone, self.round_timeout_s + self.call_timeout_s)
+        try:
+            remote.call(self.cloud, "board", "post", key, self.worker, value, timeout_s=self.call_timeout_s)
+        except RemoteError as error:
+            self.board.check()
+            raise RunFailed(str(error)) from error
+        return None
 
     def lose(self, names: tuple[str, ...]) -> None:
         """Tell everybody not to wait for ``names``."""
@@ -184,7 +209,7 @@ class World:
     def _on_tick(self) -> None:
         late = self.board.expire()
         if late:
-            log.warning("no answer from %s within %.0f s", ", ".join(late), self.round_timeout_s)
+            log.warning("no answer from %s within %.0f s", ", ".join(late), self.round_timeout_s + self.call_timeout_s)
             self.lose(late)
 
     def _on_cloud_lost(self, worker: str) -> None:

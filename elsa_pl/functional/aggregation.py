@@ -1,9 +1,17 @@
-"""Means of adapters, by global layer name.
+"""Means of adapters, by global layer name, and robust stand-ins for the mean.
 
 Because a name says where a tensor stands in the *uncut* model, clients that were cut differently still average layer
 by layer: what is a front layer for one may be a middle layer for another.
+
+The factors A and B of LoRA are merged element by element, each for itself: the mean of products B A is not the product
+of the means (arXiv 2410.09432), and the same holds for medians and trimmed means. `krum` returns one sender's factors,
+which do belong together.
+
+The robust functions guard against senders that lie. A weight is partly the sender's own claim (its number of
+examples), so it decides only *whether* a sender counts: those with weight 0 are left out, all others count alike.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -41,18 +49,10 @@ def weighted_mean(adapters: Sequence[Adapters], weights: Sequence[float]) -> dic
         >>> mean["a"]
         tensor([0.7500, 0.7500])
     """
-    if not adapters or len(adapters) != len(weights):
-        raise ValueError(f"expected one weight for each of at least one sender; got {len(adapters)} and {len(weights)}")
+    _require_alike(adapters, weights)
     total = float(sum(weights))
-    if not all(0 <= weight < float("inf") for weight in weights) or total <= 0:  # also refuses nan
-        raise ValueError(f"weights must be finite, at least 0 and not all 0; got {list(weights)}")
-    names = list(adapters[0])
-    for other in adapters[1:]:
-        if set(other) != set(names):
-            raise ValueError(f"senders differ in the layers {sorted(set(other) ^ set(names))[:4]}")
     mean = {}
-    for name in names:
-        first = adapters[0][name]
+    for name, first in adapters[0].items():
         summed = torch.zeros_like(first, dtype=torch.float64)
         for sent, weight in zip(adapters, weights, strict=True):
             summed += sent[name].double() * weight
@@ -60,7 +60,117 @@ def weighted_mean(adapters: Sequence[Adapters], weights: Sequence[float]) -> dic
     return mean
 
 
-AGGREGATORS: dict[str, Aggregator] = {"mean": weighted_mean}
+def median(adapters: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Tensor]:
+    r"""Median of each element over the senders; of an even number, the mean of the middle two.
+
+    Holds as long as fewer than half of the senders are faulty. Honest senders with unlike data pull it away from
+    their mean: an element that only a few clients move stays where it was.
+
+    Args:
+        adapters: one mapping per sender, all with the same names and shapes.
+        weights: one non-negative weight per sender, not all zero; senders with weight 0 are left out.
+
+    Returns:
+        The median, in the tensors' own dtype. Of one sender that sender's adapters, of two their mean.
+
+    Raises:
+        ValueError: as `weighted_mean`, or a sender with numbers that are not finite.
+
+    Source:
+        Yin et al. 2018, arXiv 1803.01498, Definition 1.
+
+    Example:
+        >>> sent = [{"a": torch.tensor([value])} for value in (1.0, 2.0, -90.0)]
+        >>> median(sent, [1, 1, 1])["a"]
+        tensor([1.])
+    """
+    counted = _counted(adapters, weights)
+    return _mean_of_middle(counted, (len(counted) - 1) // 2)
+
+
+def trimmed_mean(adapters: Sequence[Adapters], weights: Sequence[float], trim: float = 0.25) -> dict[str, Tensor]:
+    r"""Mean of each element over the senders, without the largest and the smallest ``floor(trim * N)`` values.
+
+    Holds as long as at most ``floor(trim * N)`` of the N senders are faulty. With the default that is none of one, two
+    or three senders, for whom this is the plain mean with equal weights.
+
+    Args:
+        adapters: one mapping per sender, all with the same names and shapes.
+        weights: one non-negative weight per sender, not all zero; senders with weight 0 are left out.
+        trim: share of the senders that is left out at each end, 0 <= trim < 0.5.
+
+    Returns:
+        The mean of what is left, in the tensors' own dtype.
+
+    Raises:
+        ValueError: as `weighted_mean`, a share outside its range, or a sender with numbers that are not finite.
+
+    Source:
+        Yin et al. 2018, arXiv 1803.01498, Definition 2.
+
+    Example:
+        >>> sent = [{"a": torch.tensor([value])} for value in (1.0, 2.0, 3.0, -90.0)]
+        >>> trimmed_mean(sent, [1, 1, 1, 1])["a"]
+        tensor([1.5000])
+    """
+    if not 0 <= trim < 0.5:
+        raise ValueError(f"expected 0 <= trim < 0.5; got {trim}: use `median` to trim as much as possible")
+    counted = _counted(adapters, weights)
+    return _mean_of_middle(counted, math.floor(trim * len(counted)))
+
+
+def krum(adapters: Sequence[Adapters], weights: Sequence[float], faulty: float = 0.25) -> dict[str, Tensor]:
+    r"""The adapters of the one sender that lies closest to its neighbours.
+
+    .. math::
+        s_n = \sum_{k \in \mathcal N(n)} \lVert a_n - a_k \rVert^2, \qquad n^* = \arg\min_n s_n
+
+    with :math:`\mathcal N(n)` the N - f - 2 senders nearest to n and f = ``floor(faulty * N)`` the number of faulty
+    senders to withstand. The guarantee needs N >= 2 f + 3, so f is lowered to ``(N - 3) // 2`` where it is larger. The
+    rest of the honest work is thrown away, which costs accuracy when clients are unlike.
+
+    Args:
+        adapters: one mapping per sender, all with the same names and shapes.
+        weights: one non-negative weight per sender, not all zero; senders with weight 0 are left out.
+        faulty: share of the senders that may be faulty, 0 <= faulty < 0.5.
+
+    Returns:
+        A copy of the chosen sender's adapters; of equal scores the first. Two senders are each other's only
+        neighbour, so neither is better: their mean.
+
+    Raises:
+        ValueError: as `weighted_mean`, a share outside its range, or a sender with numbers that are not finite.
+
+    Source:
+        Blanchard et al. 2017, arXiv 1703.02757, section 4.
+
+    Example:
+        >>> sent = [{"a": torch.tensor([value])} for value in (1.0, 2.0, 2.1, -90.0)]
+        >>> krum(sent, [1, 1, 1, 1])["a"]
+        tensor([2.])
+    """
+    if not 0 <= faulty < 0.5:
+        raise ValueError(f"expected 0 <= faulty < 0.5; got {faulty}: Krum needs a majority of honest senders")
+    counted = _counted(adapters, weights)
+    count = len(counted)
+    if count <= 2:
+        return _mean_of_middle(counted, 0)
+    squared = torch.zeros(count, count, dtype=torch.float64)
+    for name in counted[0]:
+        sent = torch.stack([other[name].double().flatten() for other in counted])
+        squared += torch.cdist(sent, sent, compute_mode="donot_use_mm_for_euclid_dist").square().cpu()
+    neighbours = count - min(math.floor(faulty * count), (count - 3) // 2) - 2
+    nearest = squared.fill_diagonal_(math.inf).sort(dim=1).values[:, :neighbours]
+    best = counted[int(nearest.sum(1).argmin())]
+    return {name: value.clone() for name, value in best.items()}
+
+
+AGGREGATORS: dict[str, Aggregator] = {
+    "mean": weighted_mean,
+    "median": median,
+    "trimmed_mean": trimmed_mean,
+    "krum": krum,
+}
 
 
 def sample_clients(clients: Sequence[str], participation: float, seed: int, round_number: int) -> frozenset[str]:
@@ -75,3 +185,34 @@ def sample_clients(clients: Sequence[str], participation: float, seed: int, roun
     count = max(1, round(participation * len(clients)))
     draws = np.random.default_rng(derive_seed(seed, "participants", round_number))
     return frozenset(draws.choice(list(clients), size=count, replace=False).tolist())
+
+
+def _require_alike(adapters: Sequence[Adapters], weights: Sequence[float]) -> None:
+    if not adapters or len(adapters) != len(weights):
+        raise ValueError(f"expected one weight for each of at least one sender; got {len(adapters)} and {len(weights)}")
+    if not all(0 <= weight < float("inf") for weight in weights) or sum(weights) <= 0:  # also refuses nan
+        raise ValueError(f"weights must be finite, at least 0 and not all 0; got {list(weights)}")
+    names = set(adapters[0])
+    for other in adapters[1:]:
+        if set(other) != names:
+            raise ValueError(f"senders differ in the layers {sorted(set(other) ^ names)[:4]}")
+
+
+def _counted(adapters: Sequence[Adapters], weights: Sequence[float]) -> list[Adapters]:
+    """Senders whose weight is not 0, after the checks."""
+    _require_alike(adapters, weights)
+    counted = [(index, sent) for index, (sent, weight) in enumerate(zip(adapters, weights, strict=True)) if weight > 0]
+    bad = [index for index, sent in counted if not all(value.isfinite().all() for value in sent.values())]
+    if bad:
+        raise ValueError(f"expected finite adapters; those of senders {bad[:8]} are not: give these senders weight 0")
+    return [sent for _, sent in counted]
+
+
+def _mean_of_middle(adapters: Sequence[Adapters], drop: int) -> dict[str, Tensor]:
+    """Mean of each element over the senders, without the `drop` smallest and the `drop` largest."""
+    merged = {}
+    for name, first in adapters[0].items():
+        ordered = torch.stack([sent[name] for sent in adapters]).sort(dim=0).values
+        middle = ordered[drop : len(adapters) - drop].double()
+        merged[name] = middle.mean(0).to(first.dtype)
+    return merged

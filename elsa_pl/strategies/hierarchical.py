@@ -18,6 +18,8 @@ from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, ElsaError, LaunchError, RunFailed
 from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
+from elsa_pl.functional.costs import Workload
+from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.rpc import lifecycle, remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.lifecycle import Address, Transport
@@ -27,10 +29,11 @@ from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
 from elsa_pl.strategies.checks import check_device, refuse_unsupported
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
+from elsa_pl.strategies.fleet import ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
+from elsa_pl.strategies.placement import Placement, asks, decide, hooks
 from elsa_pl.strategies.rounds import Rounds, Scope
 from elsa_pl.strategies.topology import CLOUD, Layout, Topology
-from elsa_pl.tiers.client import Client, EdgeAddress
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +53,8 @@ class HierarchicalStrategy(ParallelStrategy):
         edge_rounds: averages at the edges per global round.
         local_steps: optimizer steps of each client per edge round.
         participation: fraction of the clients that take part in a global round.
-        aggregator: name of the mean, one of `elsa_pl.functional.aggregation.AGGREGATORS`.
+        aggregator: name of the merging rule, at the edges and at the cloud, one of
+            `elsa_pl.functional.aggregation.AGGREGATORS`.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -59,6 +63,7 @@ class HierarchicalStrategy(ParallelStrategy):
         edge_of: client to edge; the others are dealt to the edges in turn.
         role: this process' role, in ``site``.
         name: this process' name, in ``site``; a host's name is its client's.
+        profile: devices and links, from which simulated time is counted and clients are placed; None counts none.
         client_device: where fronts and tails compute: ``cpu`` or ``cuda:0``.
         edge_device: where middles compute.
         threads_per_process: intra-operator threads of torch. 1 gives the same numbers in every layout.
@@ -85,6 +90,7 @@ class HierarchicalStrategy(ParallelStrategy):
         edge_of: dict[str, str] | None = None,
         role: Role | None = None,
         name: str | None = None,
+        profile: ProfileSettings | None = None,
         client_device: str = "cpu",
         edge_device: str = "cpu",
         threads_per_process: int = 1,
@@ -128,6 +134,7 @@ class HierarchicalStrategy(ParallelStrategy):
         self.aggregator, self.reset_optimizer = aggregator, reset_optimizer
         self.passes_in_flight, self.micro_batches = passes_in_flight, micro_batches
         self._edge_of = edge_of or {}
+        self._profile = profile
         self._role, self._name = role, CLOUD if role == "cloud" and name is None else name
         self.client_device, self.edge_device = torch.device(client_device), torch.device(edge_device)
         self._threads, self._transport, self._port = threads_per_process, transport, port
@@ -137,6 +144,8 @@ class HierarchicalStrategy(ParallelStrategy):
         self.log_dir = Path("runs")
         self._world: World | None = None
         self._rounds: Rounds | None = None
+        self._fleet: Fleet | None = None
+        self._tried: Tried | None = None
         self._processes: Processes | None = None
 
     # ---- processes -------------------------------------------------------------------------------------------
@@ -207,6 +216,9 @@ class HierarchicalStrategy(ParallelStrategy):
         if self.layout == "site":
             places.sites(members, self._edge_of)
 
+    def _compute_places(self) -> ComputePlaces:
+        return ComputePlaces(self.client_device, self.edge_device, self.device_to_device, self.call_timeout_s)
+
     def _device_maps(self, members: list[Member]) -> dict[str, dict[int, int]]:
         """CUDA device maps from this process to its peers; empty unless both tiers are on GPUs."""
         if not self.device_to_device:
@@ -238,7 +250,7 @@ class HierarchicalStrategy(ParallelStrategy):
         """End RPC and the processes that this one started. Safe to call twice."""
         if self._rounds is not None:
             self._rounds.dismiss()
-            self._rounds = None
+            self._rounds = self._fleet = None
             remote.withdraw(progress.SERVICE)
         if self._world is not None:
             self._world.leave(success=success)
@@ -356,14 +368,27 @@ class HierarchicalStrategy(ParallelStrategy):
         """The clients that take part in a global round."""
         return sample_clients(self.rounds.topology.clients, self.participation, self._module.seed, round_number)
 
-    def check(self, clients: list[str]) -> None:
-        """Check a simulation layout against its clients, before any process starts.
+    def check(self, trainer: "pl.Trainer", module: Any, data: Any) -> None:
+        """Try a simulation layout with its clients, before any process starts: who would be placed where.
+
+        Args:
+            trainer: its callbacks have a say.
+            module: built already.
+            data: loaded already.
 
         Raises:
             ConfigurationError: more edges or hosts than clients, or ``edge_of`` names what is not there.
+            ValueError: the clients cannot be placed, or there are no probes for the callbacks that need some.
         """
         members = [Member(name, role, rank) for rank, (name, role) in enumerate(self._layout_processes())]
-        places.simulate(self.layout, members, clients, self.num_edges, self._edge_of)
+        topology = places.simulate(self.layout, members, data.client_names, self.num_edges, self._edge_of)
+        if asks(trainer, "on_clients_probed"):
+            num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches())
+            for check in hooks(trainer, "check_probes"):
+                check(num_probes)
+        network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
+        self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
+        decide(trainer, Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients}))
 
     # ---- roles -----------------------------------------------------------------------------------------------
 
@@ -382,40 +407,89 @@ class HierarchicalStrategy(ParallelStrategy):
         super().setup(trainer)
         refuse_unsupported(trainer)
         if self._rounds is None:
-            self._rounds = self._make_rounds(trainer.datamodule)  # type: ignore[attr-defined]  # set by Trainer.fit
+            datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+            self._rounds = self._make_rounds(datamodule)
+            self._fleet = Fleet(
+                trainer,
+                self._module,
+                self.rounds,
+                self.world,
+                places=self._compute_places(),
+                own_client=self.own_client,
+            )
+            self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
+            self._fleet.place()
             self.barrier()  # nobody calls an edge that is not served yet
         self.publish()
 
     def _make_rounds(self, datamodule: Any) -> Rounds:
-        world, module = self.world, self._module
+        """The part of this process in the rounds, without clients yet."""
+        world = self.world
         topology: Topology = (
             places.sites(world.members, self._edge_of)
             if self.layout == "site"
             else places.simulate(self.layout, world.members, datamodule.client_names, self.num_edges, self._edge_of)
         )
-        plans = {client: module.plan_of(client) for client in topology.clients}
-        edges = {}
-        for edge in [edge for edge, worker in topology.edges.items() if worker == world.worker]:
-            sessions = {name: module.make_middle(plans[name], self.edge_device) for name in topology.clients_of(edge)}
-            edges[edge] = EdgeService(edge, sessions, self.edge_device, device_to_device=self.device_to_device)
-        clients = {}
-        for name in [name for name, worker in topology.hosts.items() if worker == world.worker]:
-            edge = topology.assignment[name]
-            front, tail = module.make_ends(plans[name], self.client_device)
-            clients[name] = Client(
-                name,
-                front,
-                tail,
-                EdgeAddress(topology.edges[edge], edge, self.call_timeout_s),
-                device=self.client_device,
-                device_to_device=self.device_to_device,
-            )
-        sizes = {name: datamodule.client_sizes[name] for name in clients}
-        module.forget_base_model()
+        edges = {
+            edge: EdgeService(edge, {}, self.edge_device, device_to_device=self.device_to_device)
+            for edge, worker in topology.edges.items()
+            if worker == world.worker
+        }
+        local = [name for name, worker in topology.hosts.items() if worker == world.worker]
+        sizes = {name: datamodule.client_sizes[name] for name in local}
         if self.is_global_zero:
             remote.serve(progress.SERVICE, progress.ProgressDesk(self._show_progress))
         reporter = progress.ProgressReporter(world, self.steps_per_round)
-        return Rounds(world, topology, clients, sizes, edges, self.aggregate, self.passes_in_flight, reporter)
+        return Rounds(
+            world,
+            topology,
+            sizes,
+            edges,
+            aggregate=self.aggregate,
+            inspect=lambda updates: self.fleet.inspect(updates),
+            corrupt=lambda client, update, received: self.fleet.corrupt(client, update, received),
+            passes_in_flight=self.passes_in_flight,
+            reporter=reporter,
+        )
+
+    @property
+    def fleet(self) -> Fleet:
+        """The clients of the run, once they are placed."""
+        assert self._fleet is not None, "the clients are not placed yet"
+        return self._fleet
+
+    # ---- what callbacks ask --------------------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> Placement:
+        """Edge and plan of each client."""
+        return self.fleet.placement
+
+    @property
+    def network(self) -> NetworkProfile | None:
+        """Devices and links of the run; None without a profile."""
+        return self._tried.network if self._fleet is None and self._tried is not None else self.fleet.network
+
+    @property
+    def workload(self) -> Workload:
+        """A step on a full batch of the longest texts, which is what plans have to provide for."""
+        return self._tried.workload if self._fleet is None and self._tried is not None else self.fleet.workload
+
+    def gather_clients(self, found: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]] | None:
+        """Bring what the edges found out about their clients together at the cloud, in client order.
+
+        Args:
+            found: by client, in this process; every process calls, also with nothing.
+
+        Returns:
+            At the cloud all of it, elsewhere None.
+        """
+        self.rounds.count("behaviour/up", found)
+        gathered = self.world.gather(found)
+        if gathered is None:
+            return None
+        merged = {client: values for part in gathered.values() for client, values in part.items()}
+        return {client: merged[client] for client in self.rounds.topology.clients if client in merged}
 
     def _show_progress(self, round_number: int, steps: int, clients: int, loss: float) -> None:
         """Hand on to the callbacks that have ``on_client_progress`` how far the clients are."""
@@ -444,10 +518,11 @@ class HierarchicalStrategy(ParallelStrategy):
         if mean is not None:
             self._module.load_global_adapters(mean)
         if last:
+            self.fleet.place()
             self.publish()
             self.rounds.count_published(self._module.global_adapters())
 
-    def aggregate(self, scope: Scope, updates: list[Update]) -> dict[str, Tensor] | None:
+    def aggregate(self, scope: Scope, updates: list[Update]) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.
 
         A callback takes part by having ``on_before_aggregate(trainer, scope, updates) -> list[Update]``.
@@ -457,15 +532,13 @@ class HierarchicalStrategy(ParallelStrategy):
             updates: what arrived.
 
         Returns:
-            The merged adapters, or None when no update is left.
+            The merged adapters with the sum of the weights, or None when no update is left.
         """
-        trainer = self._module.trainer
-        for callback in trainer.callbacks:
-            hook = getattr(callback, "on_before_aggregate", None)
-            if hook is not None:
-                updates = hook(trainer, scope, updates)
+        for hook in hooks(self._module.trainer, "on_before_aggregate"):
+            updates = hook(self._module.trainer, scope, updates)
         updates = [update for update in updates if update.weight > 0]
         if not updates:
             return None
-        merge = AGGREGATORS[self.aggregator]
-        return merge([update.adapters for update in updates], [update.weight for update in updates])
+        weights = [update.weight for update in updates]
+        merged = AGGREGATORS[self.aggregator]([update.adapters for update in updates], weights)
+        return Update(scope, sum(weights), merged)

@@ -2,7 +2,8 @@
 
     hosts                          edges                               cloud
     local steps of each client
-    [1] submit front and tail ---> [2] add the sessions' middles,
+    [1] submit front and tail ---> [2] add the sessions' middles;
+                                       inspect the updates (last only)
                                        aggregate("edge")
     [3] fetch the mean <---------- ... next edge round, or last:
                                    [4] submit the mean ------------->  [5] aggregate("cloud")
@@ -16,7 +17,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -26,7 +27,7 @@ from elsa_pl.errors import RemoteError, RunFailed
 from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.rpc import remote
 from elsa_pl.rpc.edge import EdgeService
-from elsa_pl.rpc.messages import RoundReport, Update
+from elsa_pl.rpc.messages import RoundReport, Update, Work
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies.crew import Crew
 from elsa_pl.strategies.progress import ProgressReporter
@@ -39,7 +40,9 @@ log = logging.getLogger(__name__)
 _EVALUATED_TOGETHER = 16  # texts; small enough that a batch keeps several passes in flight
 
 Scope = Literal["edge", "cloud"]
-Aggregate = Callable[[Scope, list[Update]], dict[str, Tensor] | None]
+Aggregate = Callable[[Scope, list[Update]], Update | None]
+Inspect = Callable[[list[Update]], None]
+Corrupt = Callable[[str, Update, Mapping[str, Tensor]], Update | None]
 
 
 def board_of(edge: str) -> str:
@@ -61,10 +64,12 @@ class Rounds:
     Args:
         world: the processes.
         topology: who runs where.
-        clients: the clients of this process.
-        client_sizes: training examples of each, their weight in the means.
+        client_sizes: training examples of each client of this process, their weight in the means.
         edges: the edges of this process.
         aggregate: the strategy's aggregation hook.
+        inspect: called in every process with the updates that its edges received in a global round, before any mean.
+        corrupt: what a faulty client submits instead of its update; called with its name, the update and the adapters
+            that it had received. None where it submits nothing.
         passes_in_flight: passes that this process' clients run at the same time.
         reporter: tells the cloud how far the clients are.
     """
@@ -73,21 +78,28 @@ class Rounds:
         self,
         world: World,
         topology: Topology,
-        clients: dict[str, Client],
         client_sizes: Mapping[str, int],
         edges: dict[str, EdgeService],
+        *,
         aggregate: Aggregate,
+        inspect: Inspect,
+        corrupt: Corrupt,
         passes_in_flight: int,
         reporter: ProgressReporter,
     ) -> None:
-        self.world, self.topology, self.clients, self.edges = world, topology, clients, edges
-        self._sizes, self._aggregate = client_sizes, aggregate
+        self.world, self.topology, self.edges = world, topology, edges
+        self.local_names = list(client_sizes)
+        # filled by the strategy, which places the clients
+        self.clients: dict[str, Client] = {}
+        self._sizes, self._aggregate, self._inspect, self._corrupt = client_sizes, aggregate, inspect, corrupt
+        self._received: dict[str, dict[str, Tensor]] = {}
         self._reporter = reporter
-        self._crew = Crew(passes_in_flight if clients else 0)
+        self._crew = Crew(passes_in_flight if client_sizes else 0)
         self._given_up: set[str] = set()
         self._traffic: Counter[str] = Counter()
         self._seconds: dict[str, float] = {"steps": 0.0, "aggregation": 0.0}
-        self._results: list[StepResult] = []
+        self._results: list[tuple[str, StepResult]] = []
+        self._work: dict[str, Counter[str]] = {}
         for name, edge in edges.items():
             remote.serve(name, edge)
             world.serve_board(board_of(name), edge.board)
@@ -103,10 +115,19 @@ class Rounds:
     def _sessions(self) -> list[Any]:
         return [session for edge in self.edges.values() for session in edge.sessions.values()]
 
+    def move(self, topology: Topology) -> None:
+        """Take over another assignment of the clients to the edges; their sessions are there already."""
+        self.topology = topology
+        self.world.lost_with = topology.lost_with
+        for name, client in self.clients.items():
+            edge = topology.assignment[name]
+            client.edge = replace(client.edge, worker=topology.edges[edge], service=edge)
+
     def load(self, adapters: Mapping[str, Tensor]) -> None:
         """Everything in this process takes over the global adapters."""
         for tier in [*self.clients.values(), *self._sessions()]:
             tier.load(adapters)
+        self._received = {name: client.adapters() for name, client in self.clients.items()}
 
     def count_published(self, adapters: Mapping[str, Tensor]) -> None:
         """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
@@ -114,8 +135,18 @@ class Rounds:
         A process receives them once for all that it runs, so that counts do not depend on the layout.
         """
         self._traffic["adapters/down"] += num_bytes(adapters) * len(self.edges)
-        for client in self.clients.values():
-            self._traffic["adapters/down"] += num_bytes(client.adapters())
+        for name, client in self.clients.items():
+            self._count_adapters("down", name, client.adapters())
+
+    def count(self, place: str, found: Mapping[str, Sequence[Tensor]]) -> None:
+        """Count tensors as sent."""
+        self._traffic[place] += sum(
+            tensor.numel() * tensor.element_size() for sent in found.values() for tensor in sent
+        )
+
+    def _count_adapters(self, way: Literal["up", "down"], client: str, adapters: Mapping[str, Tensor]) -> None:
+        self._traffic[f"adapters/{way}"] += num_bytes(adapters)
+        self._work.setdefault(client, Counter())[f"{way}_bytes"] += num_bytes(adapters)
 
     def reset_optimizers(self) -> None:
         """Forget all optimizer states of this process."""
@@ -149,7 +180,7 @@ class Rounds:
             elif isinstance(outcome, Exception):
                 raise outcome
             elif outcome is not None:
-                self._results.append(outcome)
+                self._results.append((name, outcome))
         self._seconds["steps"] += time.monotonic() - start
 
     def evaluate(self, batch: Batch, index: int) -> Evaluation:
@@ -202,9 +233,12 @@ class Rounds:
         start = time.monotonic()
         mine = [name for name in self.clients if name in participants and name not in self._given_up]
         self._submit(key, mine)
+        deadline = start + self.world.round_timeout_s  # of all edges here together: others wait for this process
+        received = {edge.name: self._collect(edge, key, participants, deadline) for edge in self.edges.values()}
+        if last:
+            self._inspect([update for updates in received.values() for update in updates])
         for edge in self.edges.values():
-            expected = [client for client in self.topology.clients_of(edge.name) if client in participants]
-            self._aggregate_edge(edge, key, expected, last=last)
+            self._aggregate_edge(edge, key, received[edge.name], last=last)
         mean = None
         if not last:
             self._fetch_means(key, mine)
@@ -216,8 +250,11 @@ class Rounds:
     def _submit(self, key: tuple[int, int], names: list[str]) -> None:
         for name in names:
             client = self.clients[name]
-            update = Update(name, float(self._sizes[name]), client.adapters())
-            self._traffic["adapters/up"] += num_bytes(update.adapters)
+            honest = Update(name, float(self._sizes[name]), client.adapters())
+            update = self._corrupt(name, honest, self._received[name])
+            if update is None:
+                continue
+            self._count_adapters("up", name, update.adapters)
             edge = client.edge
             try:
                 if not remote.call(
@@ -227,20 +264,27 @@ class Rounds:
             except RemoteError as error:
                 self._give_up(name, str(error))
 
-    def _aggregate_edge(self, edge: EdgeService, key: tuple[int, int], expected: list[str], *, last: bool) -> None:
-        received = edge.board.collect(key, expected, self.world.round_timeout_s)
+    def _collect(
+        self, edge: EdgeService, key: tuple[int, int], participants: frozenset[str], deadline: float
+    ) -> list[Update]:
+        """The updates of an edge's clients, completed by the middles that the edge has of them."""
+        expected = [client for client in self.topology.clients_of(edge.name) if client in participants]
+        received = edge.board.collect(key, expected, max(0.0, deadline - time.monotonic()))
         _report_missing(f"{edge.name}, round {key[0]}", expected, received)
-        updates = [
+        return [
             Update(name, update.weight, {**update.adapters, **edge.sessions[name].adapters()})
             for name, update in received.items()
         ]
-        mean = self._aggregate("edge", updates)
+
+    def _aggregate_edge(self, edge: EdgeService, key: tuple[int, int], updates: list[Update], *, last: bool) -> None:
+        merged = self._aggregate("edge", updates)
+        mean = None if merged is None else merged.adapters
         if mean is not None and not last:
             for session in edge.sessions.values():
                 session.load(mean)
         edge.publish_mean(key, mean)
         if last:  # also without a mean, so that the cloud does not wait for it
-            update = None if mean is None else Update(edge.name, sum(update.weight for update in updates), mean)
+            update = None if merged is None else replace(merged, sender=edge.name)
             self._traffic["adapters/up"] += num_bytes(mean or {})
             timeout_s = self.world.call_timeout_s
             remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, update, timeout_s=timeout_s)
@@ -270,7 +314,8 @@ class Rounds:
                 continue
             if mean is not None:
                 self.clients[name].load(mean)
-                self._traffic["adapters/down"] += num_bytes(mean)
+                self._received[name] = mean
+                self._count_adapters("down", name, mean)
 
     def _aggregate_cloud(self, key: tuple[int, int], participants: frozenset[str]) -> dict[str, Tensor]:
         expected = [edge for edge in self.topology.edges if participants & set(self.topology.clients_of(edge))]
@@ -278,26 +323,36 @@ class Rounds:
         answers = self.world.board.collect(("edges", *key), expected, timeout_s)
         received = {edge: update for edge, update in answers.items() if update is not None}
         _report_missing(f"cloud, round {key[0]}", expected, received)
-        mean = self._aggregate("cloud", list(received.values()))
-        if mean is None:
+        merged = self._aggregate("cloud", list(received.values()))
+        if merged is None:
             raise RunFailed(
                 f"no edge answered in round {key[0]}: nothing to aggregate; the last checkpoint holds the state before"
             )
-        return mean
+        return merged.adapters
 
     def take_report(self) -> RoundReport:
         """What this process did since the last report."""
-        for client in self.clients.values():
-            self._traffic.update(client.traffic.take())
+        for name, client in self.clients.items():
+            sent = client.traffic.take()
+            self._traffic.update(sent)
+            for place, count in sent.items():
+                leaves = place in ("uplink/forward", "downlink/backward")
+                self._work.setdefault(name, Counter())["up_bytes" if leaves else "down_bytes"] += count
+        for name, result in self._results:
+            work = self._work.setdefault(name, Counter())
+            work["num_steps"] += 1
+            work["num_sequences"] += result.num_examples
+            work["num_tokens"] += result.num_tokens
         report = RoundReport(
-            loss_sum=math.fsum(result.loss * result.num_examples for result in self._results),
-            num_examples=sum(result.num_examples for result in self._results),
+            loss_sum=math.fsum(result.loss * result.num_examples for _, result in self._results),
+            num_examples=sum(result.num_examples for _, result in self._results),
             num_steps=len(self._results),
             seconds=dict(self._seconds),
             num_bytes=dict(self._traffic),
             lost=tuple(sorted(self._given_up)),
+            work={name: Work(**work) for name, work in self._work.items()},
         )
-        self._results, self._traffic = [], Counter()
+        self._results, self._traffic, self._work = [], Counter(), {}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return report
 

@@ -13,11 +13,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
@@ -26,6 +28,7 @@ from elsa_pl.rpc.messages import RoundReport
 from elsa_pl.tiers.evaluation import EvaluatedModel
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.probes import ProbeModel, num_workers
 from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
 
@@ -176,6 +179,23 @@ class SplitModel(EvaluatedModel):
             self._parts[plan] = cut(self._base, plan)
         return self._parts[plan]
 
+    def workload(self, batch_size: int, num_tokens: int) -> Workload:
+        """What a step of this model costs is counted from.
+
+        Args:
+            batch_size: texts of a step.
+            num_tokens: of a text after padding.
+        """
+        shape = shape_of(self._base.get_base_model().config, causal_lm=self.task == "causal_lm")
+        adapters = sum(isinstance(module, LoraLayer) for module in self._base.modules())
+        return Workload(
+            shape=shape,
+            batch_size=batch_size,
+            num_tokens=num_tokens,
+            lora_rank=self.lora.rank,
+            adapters_per_block=max(1, adapters // shape.num_layers),
+        )
+
     def plan_of(self, client: str) -> SplitPlan:
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
@@ -190,6 +210,18 @@ class SplitModel(EvaluatedModel):
         """A client's session at its edge."""
         _, middle, _ = self._parts_for(plan)
         return MiddleModule(replicate(middle), self.make_optimizer, self.precision_on(device), device)
+
+    def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
+        """Replicas of the uncut model to try the adapters of several clients on at the same time."""
+        precision = self.precision_on(device)
+        return [ProbeModel(self._base, self.task, device, precision) for _ in range(num_workers())]
+
+    def recall_base_model(self) -> bool:
+        """Have the uncut model at hand again; returns whether it had to be made anew."""
+        if self._held:
+            return False
+        self._held = [self.build()]
+        return True
 
     def forget_base_model(self) -> None:
         """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
@@ -219,6 +251,9 @@ class SplitModel(EvaluatedModel):
             num_training_steps=total,
         )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        self._strategy.fleet.probe_base()
 
     def on_train_epoch_start(self) -> None:
         if self._strategy.reset_optimizer:
@@ -265,6 +300,11 @@ class SplitModel(EvaluatedModel):
         values = {f"bytes/{name}": float(value) for name, value in num_bytes.items()}
         values |= {f"seconds/{name}": value for name, value in seconds.items()}
         values["clients_lost"] = float(sum(len(report.lost) for report in reports))
+        work = {client: done for report in reports for client, done in report.work.items()}
+        simulated_s = self._strategy.fleet.simulate(work)
+        if simulated_s is not None:
+            self.seconds["simulated"] += simulated_s
+            values |= {"simulated/round_s": simulated_s, "simulated/time_s": self.seconds["simulated"]}
         if examples:
             values["train_loss"] = sum(report.loss_sum for report in reports) / examples
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=1)

@@ -58,10 +58,17 @@ class StepSettings:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One local step of one client: mean loss of the step, and the examples in it."""
+    """One local step of one client.
+
+    Attributes:
+        loss: mean over the step's examples.
+        num_examples: in all of its batches.
+        num_tokens: in them, padding included.
+    """
 
     loss: float
     num_examples: int
+    num_tokens: int
 
 
 class Step:
@@ -102,7 +109,8 @@ class Step:
                 return None
         self._step_optimizers()
         mean = sum(self._losses[index] * share for index, (_, share) in enumerate(self._passes)) / self._num_batches
-        return StepResult(mean, self._num_examples)
+        num_tokens = sum(batch["input_ids"].numel() for batch, _ in self._passes)
+        return StepResult(mean, self._num_examples, num_tokens)
 
     @property
     def _edge_steps_at_once(self) -> bool:

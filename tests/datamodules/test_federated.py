@@ -1,85 +1,24 @@
 """The data module: labels, clients, batches and rounds, from bundled, written and real data."""
 
-import csv
 import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy, Strategy
 from torch import Tensor
 
-from elsa_pl import models
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.datamodules.batches import Batch, BatchOrder
 from elsa_pl.datamodules.helpdesk import generate
+from tests.datamodules.words import first_words, make, write_csv
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(os.environ.get("ELSA_DATA_ROOT", ROOT.parent / "shared" / "data"))
-
-
-class WordTokenizer:
-    """A word a token, with the interface of a Hugging Face tokenizer."""
-
-    pad_token_id = 0
-
-    def __call__(
-        self,
-        texts: list[str],
-        pairs: list[str] | None = None,
-        *,
-        truncation: bool,
-        max_length: int,
-        return_attention_mask: bool,
-    ) -> dict[str, list[list[int]]]:
-        assert truncation
-        assert not return_attention_mask
-        encoded: dict[str, list[list[int]]] = {"input_ids": [], "token_type_ids": []}
-        for row, text in enumerate(texts):
-            ids = [2, *(int(word.strip("w")) + 4 for word in text.split()), 3]
-            types = [0] * len(ids)
-            if pairs is not None:
-                second = [*(int(word.strip("w")) + 4 for word in pairs[row].split()), 3]
-                ids, types = ids + second, types + [1] * len(second)
-            encoded["input_ids"].append(ids[:max_length])
-            encoded["token_type_ids"].append(types[:max_length])
-        return encoded
-
-
-@pytest.fixture
-def words(monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr(models, "load_tokenizer", lambda name: WordTokenizer())
-    return "words"
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    with open(path, "w", newline="") as file:
-        csv.writer(file).writerows([header, *rows])
-    return str(path)
-
-
-@pytest.fixture
-def train_file(tmp_path: Path) -> str:
-    """Row i has the word i, some padding words and one of three labels."""
-    rows = [(f"w{i} " + "w1 " * (i % 5), "abc"[i % 3]) for i in range(100)]
-    return write_csv(tmp_path / "train.csv", ["text", "label"], rows)
-
-
-def make(train_file: str, **settings: Any) -> FederatedTextDataModule:
-    defaults: dict[str, Any] = {"tokenizer": "words", "num_clients": 4}
-    data = FederatedTextDataModule(train_file=train_file, **defaults | settings)
-    data.load()
-    return data
-
-
-def first_words(batch: Batch) -> list[int]:
-    return [int(row[1]) - 4 for row in batch["input_ids"]]
 
 
 @pytest.mark.usefixtures("words")
@@ -122,13 +61,24 @@ def test_eval_shards_together_hold_every_example_once_and_sorted_by_length(train
 
 
 def numbers(train_file: str) -> str:
-    """Everything that must not depend on the process: the division, the labels, the order of batches."""
-    data = FederatedTextDataModule(train_file=train_file, num_clients=3, partition="groups", num_groups=2)
-    data.load()
-    assert data._loaded is not None
-    parts = {name: part.tolist() for name, part in data._loaded.parts.items()}
-    batches = {name: BatchOrder(np.arange(len(part)) % 9, 16, 0, name).rows(7).tolist() for name, part in parts.items()}
-    return repr([data.labels, data.label_histogram, data.client_groups, parts, batches, generate("test", 20)])
+    """Everything that must not depend on the process: the division, the labels, the faults, the order of batches."""
+    found: list[object] = [generate("test", 20)]
+    for partition in ("groups", "sources"):
+        data = FederatedTextDataModule(
+            train_file=train_file,
+            num_clients=3,
+            partition=partition,
+            num_groups=2,
+            num_probes=10,
+            faulty_fraction=0.5,
+            fault="shuffled_texts",
+        )
+        data.load()
+        assert data._loaded is not None
+        found += [data.labels, data.label_histogram, data.client_groups, data.client_faults, data._loaded.probes]
+        for name, part in data._loaded.divided.parts.items():
+            found += [part.tolist(), data._loaded.rows_of(name, 0), BatchOrder(part % 9, 16, 0, name).rows(7).tolist()]
+    return repr(found)
 
 
 def test_division_labels_and_order_are_the_same_in_another_process(train_file: str) -> None:
@@ -136,7 +86,7 @@ def test_division_labels_and_order_are_the_same_in_another_process(train_file: s
         "import sys, importlib.util as u; s = u.spec_from_file_location('t', sys.argv[1]);"
         "m = u.module_from_spec(s); s.loader.exec_module(m); print(m.numbers(sys.argv[2]))"
     )
-    environment = os.environ | {"PYTHONHASHSEED": "77"}
+    environment = os.environ | {"PYTHONHASHSEED": "77", "OMP_NUM_THREADS": "2", "OPENBLAS_NUM_THREADS": "2"}
     command = [sys.executable, "-c", code, __file__, train_file]
     other = subprocess.run(command, capture_output=True, env=environment, cwd=ROOT, text=True, timeout=60, check=True)
     assert other.stdout.strip() == numbers(train_file)

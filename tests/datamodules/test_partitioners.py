@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from elsa_pl.datamodules import partitioners
-from elsa_pl.datamodules.partitioners import Indices, by_column, dirichlet, groups, iid, set_aside, shards
+from elsa_pl.datamodules.batches import Indices
+from elsa_pl.datamodules.partitioners import by_column, dirichlet, iid, set_aside, shards
 
 
 def rng(seed: int = 0) -> np.random.Generator:
@@ -25,7 +26,6 @@ PARTITIONS: dict[str, Callable[[Indices, int, np.random.Generator], list[Indices
     "dirichlet-0.1": lambda labels, n, g: dirichlet(labels, n, g, 0.1),
     "dirichlet-100": lambda labels, n, g: dirichlet(labels, n, g, 100.0),
     "shards-2": lambda labels, n, g: shards(labels, n, g, 2),
-    "groups": lambda labels, n, g: groups(labels, n, g, min(3, n), 1.0)[0],
 }
 
 
@@ -81,16 +81,6 @@ def test_two_shards_hold_few_labels() -> None:
     assert {len(part) for part in parts} == {100}
 
 
-def test_clients_of_a_group_are_alike_and_groups_differ() -> None:
-    labels = labels_of(12000, 6)
-    parts, membership = groups(labels, 12, rng(), 4, 0.3)
-    assert sorted(np.bincount(membership)) == [3, 3, 3, 3]
-    mixes = mix(labels, parts)
-    distance = np.abs(mixes[:, None] - mixes[None]).sum(axis=-1)
-    same = membership[:, None] == membership[None]
-    assert distance[same].max() < distance[~same].min()
-
-
 def test_by_column_names_the_clients() -> None:
     names, parts = by_column(["b", "a", "b", "c"])
     assert names == ["a", "b", "c"]
@@ -101,14 +91,11 @@ def test_by_column_names_the_clients() -> None:
         by_column([])
 
 
-@pytest.mark.parametrize("kind", ["dirichlet", "groups"])
-def test_the_error_names_settings_that_work_with_the_same_seed(kind: str) -> None:
+def test_the_error_names_settings_that_work_with_the_same_seed() -> None:
     labels = labels_of(300, 4)
 
     def make(num_clients: int, alpha: float) -> list[Indices]:
-        if kind == "dirichlet":
-            return dirichlet(labels, num_clients, rng(3), alpha, min_examples=3)
-        return groups(labels, num_clients, rng(3), 6, alpha, min_examples=3)[0]
+        return dirichlet(labels, num_clients, rng(3), alpha, min_examples=3)
 
     with pytest.raises(ValueError, match=r"got client-\d+ \(\d\)") as caught:
         make(40, 0.02)
@@ -135,7 +122,6 @@ def test_the_error_names_settings_that_work_with_the_same_seed(kind: str) -> Non
         (lambda: shards([0] * 10, 4, rng(), 0), "expected shards_per_client > 0"),
         (lambda: dirichlet([0] * 10, 2, rng(), 0.0), "expected alpha > 0"),
         (lambda: dirichlet([0] * 10, 2, rng(), float("nan")), "expected alpha > 0"),
-        (lambda: groups([0] * 10, 2, rng(), 3, 1.0), "lower num_groups or raise num_clients"),
     ],
 )
 def test_bad_values_are_refused_with_advice(call: Callable[[], object], message: str) -> None:

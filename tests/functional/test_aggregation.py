@@ -1,12 +1,21 @@
-"""Means against the obvious slow loop, and who takes part in a round."""
+"""Means and their robust stand-ins against the obvious slow loops, and who takes part in a round."""
 
 import random
+import statistics
 
 import pytest
 import torch
 from torch import Tensor
 
-from elsa_pl.functional.aggregation import sample_clients, weighted_mean
+from elsa_pl.functional.aggregation import (
+    AGGREGATORS,
+    Aggregator,
+    krum,
+    median,
+    sample_clients,
+    trimmed_mean,
+    weighted_mean,
+)
 
 SHAPES: list[dict[str, tuple[int, ...]]] = [
     {"a": (3,)},
@@ -77,6 +86,7 @@ def test_dtype_stays_and_sums_are_exact() -> None:
     assert mean["a"].item() == 1.0
 
 
+@pytest.mark.parametrize("merge", AGGREGATORS.values())
 @pytest.mark.parametrize(
     ("adapters", "weights", "message"),
     [
@@ -87,15 +97,146 @@ def test_dtype_stays_and_sums_are_exact() -> None:
         ([{"a": torch.ones(1)}, {"b": torch.ones(1)}], [1.0, 1.0], r"layers \['a', 'b'\]"),
     ],
 )
-def test_refused(adapters: list[dict[str, Tensor]], weights: list[float], message: str) -> None:
+def test_refused(merge: Aggregator, adapters: list[dict[str, Tensor]], weights: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        weighted_mean(adapters, weights)
+        merge(adapters, weights)
 
 
+@pytest.mark.parametrize("merge", AGGREGATORS.values())
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_weights_that_are_no_numbers(bad: float) -> None:
+def test_weights_that_are_no_numbers(merge: Aggregator, bad: float) -> None:
     with pytest.raises(ValueError, match="weights"):
-        weighted_mean(draw({"a": (2,)}, 2), [1.0, bad])
+        merge(draw({"a": (2,)}, 2), [1.0, bad])
+
+
+def slow_middle(adapters: list[dict[str, Tensor]], drop: int) -> dict[str, list[float]]:
+    """Element by element: sort the senders' values, leave out `drop` at each end, average."""
+    merged: dict[str, list[float]] = {}
+    for name, first in adapters[0].items():
+        merged[name] = []
+        for index in range(first.numel()):
+            values = sorted(sent[name].flatten()[index].item() for sent in adapters)
+            merged[name].append(statistics.fmean(values[drop : len(values) - drop]))
+    return merged
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 9, 12])
+def test_median_against_the_slow_loop(shapes: dict[str, tuple[int, ...]], count: int) -> None:
+    adapters = draw(shapes, count)
+    merged = median(adapters, [1.0] * count)
+    assert list(merged) == list(shapes)
+    for name, value in merged.items():
+        expected = [
+            statistics.median(sent[name].flatten()[i].item() for sent in adapters) for i in range(value.numel())
+        ]
+        assert value.shape == shapes[name]
+        torch.testing.assert_close(value.flatten(), torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    ("count", "trim", "drop"), [(1, 0.25, 0), (3, 0.25, 0), (4, 0.25, 1), (10, 0.25, 2), (10, 0.49, 4), (5, 0.0, 0)]
+)
+def test_trimmed_mean_against_the_slow_loop(
+    shapes: dict[str, tuple[int, ...]], count: int, trim: float, drop: int
+) -> None:
+    adapters = draw(shapes, count)
+    merged = trimmed_mean(adapters, [1.0] * count, trim)
+    for name, expected in slow_middle(adapters, drop).items():
+        assert merged[name].shape == shapes[name]
+        torch.testing.assert_close(merged[name].flatten(), torch.tensor(expected, dtype=torch.float32))
+
+
+def slow_krum(adapters: list[dict[str, Tensor]], num_faulty: int) -> int:
+    """Blanchard et al. 2017, section 4, word by word."""
+    vectors = [torch.cat([value.double().flatten() for value in sent.values()]) for sent in adapters]
+    scores = []
+    for i, mine in enumerate(vectors):
+        distances = sorted(float(((mine - other) ** 2).sum()) for j, other in enumerate(vectors) if j != i)
+        scores.append(sum(distances[: len(vectors) - num_faulty - 2]))
+    return scores.index(min(scores))
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize(
+    ("count", "faulty", "num_faulty"), [(3, 0.25, 0), (5, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (9, 0.45, 3)]
+)
+def test_krum_against_the_slow_loop(
+    shapes: dict[str, tuple[int, ...]], count: int, faulty: float, num_faulty: int
+) -> None:
+    for seed in range(5):
+        adapters = draw(shapes, count, seed)
+        chosen = adapters[slow_krum(adapters, num_faulty)]
+        merged = krum(adapters, [1.0] * count, faulty)
+        assert list(merged) == list(shapes)
+        for name, value in merged.items():
+            assert torch.equal(value, chosen[name])
+            assert value.data_ptr() != chosen[name].data_ptr() or value.numel() == 0
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_liars_do_not_move_the_robust_ones(merge: Aggregator) -> None:
+    honest = [{"a": 1 + 0.01 * noise["a"]} for noise in draw({"a": (20,)}, 9)]
+    liars = [{"a": torch.full((20,), value)} for value in (-1e6, 40.0, -50.0)]
+    merged = merge([*liars, *honest], [1.0] * 12)
+    assert (merged["a"] - 1).abs().max() < 0.05
+    assert (weighted_mean([*liars, *honest], [1.0] * 12)["a"] - 1).abs().max() > 1e4
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_one_sender_of_the_robust_ones(merge: Aggregator) -> None:
+    (sent,) = draw({"a": (3,), "b": ()}, 1)
+    merged = merge([sent], [5.0])
+    assert all(torch.equal(merged[name], value) for name, value in sent.items())
+    assert all(merged[name].data_ptr() != value.data_ptr() for name, value in sent.items())
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_two_senders_of_the_robust_ones(merge: Aggregator) -> None:
+    """Nobody can tell which of two is faulty: their mean, with equal weights."""
+    sent = [{"a": torch.tensor([0.0, 4.0])}, {"a": torch.tensor([1.0, 2.0])}]
+    assert merge(sent, [10.0, 1.0])["a"].tolist() == [0.5, 3.0]
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_a_large_claim_does_not_buy_influence(merge: Aggregator) -> None:
+    adapters = draw({"a": (5, 2)}, 7)
+    equal = merge(adapters, [1.0] * 7)
+    claimed = merge(adapters, [1.0] * 6 + [1e9])
+    assert torch.equal(equal["a"], claimed["a"])
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_weight_0_is_left_out(merge: Aggregator) -> None:
+    adapters = draw({"a": (5, 2)}, 6)
+    broken = {"a": torch.full((5, 2), float("nan"))}
+    without = merge(adapters, [1.0] * 6)
+    assert torch.equal(merge([broken, *adapters], [0.0] + [1.0] * 6)["a"], without["a"])
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_adapters_that_are_no_numbers(merge: Aggregator, bad: float) -> None:
+    adapters = draw({"a": (3,), "b": (2,)}, 3)
+    adapters[1]["b"][0] = bad
+    with pytest.raises(ValueError, match=r"senders \[1\].*weight 0"):
+        merge(adapters, [1.0] * 3)
+
+
+@pytest.mark.parametrize("merge", [median, trimmed_mean, krum])
+def test_dtype_stays_in_the_robust_ones(merge: Aggregator) -> None:
+    adapters = [{"a": torch.full((2,), value, dtype=torch.bfloat16)} for value in (1.0, 2.0, 3.0)]
+    assert merge(adapters, [1.0] * 3)["a"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("share", [-0.1, 0.5, float("nan")])
+def test_shares_out_of_range(share: float) -> None:
+    adapters = draw({"a": (2,)}, 3)
+    with pytest.raises(ValueError, match=r"0 <= trim < 0.5"):
+        trimmed_mean(adapters, [1.0] * 3, share)
+    with pytest.raises(ValueError, match=r"0 <= faulty < 0.5"):
+        krum(adapters, [1.0] * 3, share)
 
 
 CLIENTS = [f"client-{index}" for index in range(10)]

@@ -1,0 +1,225 @@
+"""Does behaviour show who belongs together, and who is not to be trusted?
+
+    python -m benchmarks.behaviour groups --data_root DATA_ROOT
+    python -m benchmarks.behaviour trust --data_root DATA_ROOT
+
+``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
+``trust``: 20 clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of
+trust against the truth after round 3, and the final accuracy with trust, other aggregators, and without the faulty.
+
+Every cell is whole runs of the command, in layout ``single``, as many at a time as there are cores. Finished runs are
+found again in ``--output`` and not repeated.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from sklearn.metrics import adjusted_rand_score, roc_auc_score
+
+from elsa_pl.datamodules import FederatedTextDataModule
+from elsa_pl.functional.clustering import cluster, cosine_distances
+
+ROOT = Path(__file__).resolve().parent.parent
+SEEDS = (0, 1, 2)
+NUM_CLIENTS, NUM_GROUPS, ALPHA, NUM_PROBES = 20, 4, 0.3, 128
+WARMUP_ROUNDS, WARMUP_STEPS = 2, 20
+TRUST_ROUNDS, TRUST_STEPS, JUDGED_AFTER = 12, 5, 3
+FAULTS: dict[str, dict[str, Any]] = {"flipped_labels": {}, "sign_flip": {"data.fault_scale": 3}, "random": {}}
+CLUSTERING: dict[str, Any] = {
+    "class_path": "BehaviorClustering",
+    "init_args": {"num_clusters": NUM_GROUPS, "pictures": False},
+}
+TRUST = {"class_path": "TrustScoring", "init_args": {"pictures": False}}
+
+Settings = Mapping[str, Any]
+
+
+def data_settings(data_set: str, data_root: Path, seed: int, more: Settings) -> dict[str, Any]:
+    """What the data module of a run is made with."""
+    return {
+        "train_file": str(data_root / data_set / "train.csv"),
+        "test_file": str(data_root / data_set / "test.csv"),
+        "num_clients": NUM_CLIENTS,
+        "num_probes": NUM_PROBES,
+        "max_length": 32,
+        "alpha": ALPHA,
+        "seed": seed,
+        **more,
+    }
+
+
+def run(output: Path, name: str, settings: Settings) -> Path:
+    """Run ``train.py fit`` unless the folder has a summary already; returns the folder."""
+    folder = output / name
+    done = list(folder.glob("*/summary.json"))
+    if not done:
+        arguments = ["fit", "--output_dir", str(output), "--name", name]
+        for key, value in settings.items():
+            arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        ended = subprocess.run(
+            [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        if ended.returncode:
+            raise SystemExit(f"{name} failed:\n{ended.stdout}{ended.stderr}")
+        done = list(folder.glob("*/summary.json"))
+        print(f"  {name}", flush=True)
+    return done[-1].parent
+
+
+def common(data: Settings, rounds: int, steps: int) -> dict[str, Any]:
+    """The settings of all runs of one experiment."""
+    return {
+        "model.model": "bundled:all-MiniLM-L6-v2",
+        "model.plan": {"front": 1, "middle": 4, "tail": 1},
+        "model.optimizer": {"class_path": "AdamW", "init_args": {"lr": 3e-3}},
+        "seed_everything": data["seed"],
+        **{f"data.{name}": value for name, value in data.items() if name != "seed"},
+        "trainer.max_epochs": rounds,
+        "trainer.strategy.init_args.layout": "single",
+        "trainer.strategy.init_args.num_edges": 2,
+        "trainer.strategy.init_args.local_steps": steps,
+        "trainer.strategy.init_args.passes_in_flight": 1,
+    }
+
+
+def state_of(folder: Path, callback: str) -> dict[str, Any]:
+    """The state of a callback at the end of a run."""
+    states = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
+    return dict(next(state for key, state in states.items() if key.startswith(callback)))
+
+
+def all_of(jobs: Sequence[tuple[str, Settings]], output: Path) -> dict[str, Path]:
+    """Run what has not been run, one for each core at a time."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        folders = pool.map(lambda job: run(output, *job), jobs)
+        return dict(zip((name for name, _ in jobs), folders, strict=True))
+
+
+def groups(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
+    """Print adjusted Rand indices, one row for each kind of groups."""
+    jobs, truths = [], {}
+    for data_set, partition, faulty, seed in itertools.product(data_sets, ("groups", "sources"), (0, 2), SEEDS):
+        name = f"{data_set}-{partition}-{faulty}-{seed}"
+        more: dict[str, Any] = {"partition": partition, "num_groups": NUM_GROUPS}
+        if faulty:
+            more |= {"faulty_fraction": faulty / NUM_CLIENTS, "fault": "flipped_labels"}
+        data = data_settings(data_set, data_root, seed, more)
+        settings = common(data, WARMUP_ROUNDS, WARMUP_STEPS)
+        recorder = {"class_path": "benchmarks.recorder.Recorder", "init_args": {"path": str(output / f"{name}.pt")}}
+        clustering = {**CLUSTERING, "init_args": {**CLUSTERING["init_args"], "every_n_rounds": 1}}
+        jobs.append((name, {**settings, "trainer.callbacks": [clustering, recorder], "trainer.limit_val_batches": 0}))
+        module = FederatedTextDataModule(**data)
+        module.load()
+        truths[name] = (module.client_groups or {}, module.client_faults)
+    folders = all_of(jobs, output)
+    print(f"\nadjusted Rand index after {WARMUP_ROUNDS} rounds of {WARMUP_STEPS} steps, seeds {SEEDS}")
+    print(f"{'groups differ in':<38}{'fingerprints':>24}{'number found':>24}{'cosine of updates':>24}")
+    for data_set, partition, faulty in itertools.product(data_sets, ("groups", "sources"), (0, 2)):
+        row: dict[str, list[float]] = {"given": [], "found": [], "cosine": []}
+        for seed in SEEDS:
+            name = f"{data_set}-{partition}-{faulty}-{seed}"
+            truth, faults = truths[name]
+            state = state_of(folders[name], "BehaviorClustering")
+            honest = [place for place, client in enumerate(state["names"]) if client not in faults]
+            expected = [truth[state["names"][place]] for place in honest]
+            updates = torch.load(output / f"{name}.pt", weights_only=True)[WARMUP_ROUNDS]
+            cosine = cosine_distances(torch.stack([updates[client] for client in state["names"]]))
+            for kind, matrix, count in (
+                ("given", state["divergences"], NUM_GROUPS),
+                ("found", state["divergences"], None),
+                ("cosine", cosine, NUM_GROUPS),
+            ):
+                labels = cluster(matrix, count)
+                row[kind].append(adjusted_rand_score(expected, labels[honest].tolist()))
+        differ = "label mix" if partition == "groups" else "wording"
+        title = f"{data_set}, {differ}" + (f", {faulty} faulty" if faulty else "")
+        print(f"{title:<38}" + "".join(f"{_several(row[kind]):>24}" for kind in ("given", "found", "cosine")))
+
+
+def trust(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
+    """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
+    ways: dict[str, dict[str, Any]] = {
+        "trust": {"trainer.callbacks": [CLUSTERING, TRUST]},
+        **{
+            name: {"trainer.strategy.init_args.aggregator": name} for name in ("mean", "median", "trimmed_mean", "krum")
+        },
+    }
+    jobs, truths = [], {}
+    for data_set, fault, seed in itertools.product(data_sets, (*FAULTS, None), SEEDS):
+        more: dict[str, Any] = {"partition": "dirichlet"}
+        if fault is not None:
+            scale = {key.removeprefix("data."): value for key, value in FAULTS[fault].items()}
+            more |= {"faulty_fraction": 0.25, "fault": fault, **scale}
+        data = data_settings(data_set, data_root, seed, more)
+        module = FederatedTextDataModule(**data)
+        module.load()
+        truths[data_set, fault, seed] = module.client_faults
+        settings = {**common(data, TRUST_ROUNDS, TRUST_STEPS), "model.lr_schedule": "linear"}
+        for way, setting in ways.items():
+            jobs.append((f"trust-{data_set}-{fault}-{way}-{seed}", {**settings, **setting}))
+        if fault is not None:
+            jobs.append(
+                (f"trust-{data_set}-{fault}-without-{seed}", {**settings, **_without(truths[data_set, fault, seed])})
+            )
+    folders = all_of(jobs, output)
+    columns = [*ways, "without"]
+    print(
+        f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {TRUST_ROUNDS} rounds, seeds {SEEDS}"
+    )
+    print(f"{'':<32}{'ROC-AUC':>20}" + "".join(f"{way:>20}" for way in columns))
+    for data_set, fault in itertools.product(data_sets, (None, *FAULTS)):
+        cells = []
+        aucs = []
+        for seed in SEEDS:
+            history = state_of(folders[f"trust-{data_set}-{fault}-trust-{seed}"], "TrustScoring")["history"]
+            if fault is not None:
+                wrong = [client in truths[data_set, fault, seed] for client in history]
+                aucs.append(roc_auc_score(wrong, [1 - scores[JUDGED_AFTER - 1] for scores in history.values()]))
+        for way in columns:
+            names = [f"trust-{data_set}-{fault}-{way}-{seed}" for seed in SEEDS]
+            found = [
+                100 * json.loads((folders[name] / "summary.json").read_text())["test_accuracy"]
+                for name in names
+                if name in folders
+            ]
+            cells.append(_several(found, 1) if found else "")
+        auc = _several(aucs) if aucs else ""
+        print(f"{data_set + ', ' + (fault or 'no faults'):<32}{auc:>20}" + "".join(f"{cell:>20}" for cell in cells))
+
+
+def _without(faulty: Mapping[str, Any]) -> dict[str, Any]:
+    """The same run without the faulty clients: they train, and nobody counts them."""
+    leaving_out = {"class_path": "benchmarks.recorder.LeaveOut", "init_args": {"clients": sorted(faulty)}}
+    return {"trainer.callbacks": [leaving_out]}
+
+
+def _several(values: Sequence[float], digits: int = 2) -> str:
+    """The mean, and the values of the seeds."""
+    return f"{statistics.mean(values):.{digits}f} ({' '.join(f'{value:.{digits}f}' for value in values)})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("experiment", choices=["groups", "trust"])
+    parser.add_argument("--data_root", type=Path, required=True, help="folder of trec/ and banking77/")
+    parser.add_argument("--data_sets", nargs="+", default=["trec", "banking77"])
+    parser.add_argument("--output", type=Path, default=Path("runs/behaviour"), help="where the runs go")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    output = args.output.resolve()
+    {"groups": groups, "trust": trust}[args.experiment](args.data_root.resolve(), output, args.data_sets)
+
+
+if __name__ == "__main__":
+    main()

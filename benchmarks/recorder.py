@@ -1,0 +1,48 @@
+"""Notes what clients submitted, to compare fingerprints with the usual alternative: the updates themselves."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+
+class Recorder(Callback):
+    """Writes ``updates.pt`` after each round: by client, the submitted adapters less the global ones, as one vector.
+
+    For runs in layout ``single``, where all updates are at hand.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._rounds: dict[int, dict[str, torch.Tensor]] = {}
+
+    def on_before_aggregate(self, trainer: L.Trainer, scope: str, updates: list[Any]) -> list[Any]:
+        if scope == "edge":
+            module: Any = trainer.lightning_module
+            received = module.global_adapters()
+            for update in updates:
+                moved = [(update.adapters[name] - value).flatten() for name, value in received.items()]
+                self._rounds.setdefault(trainer.current_epoch + 1, {})[update.sender] = torch.cat(moved)
+        return updates
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        torch.save(self._rounds, self._path)
+
+
+class LeaveOut(Callback):
+    """Some clients train, and do not count: what the run would be without them.
+
+    Args:
+        clients: whose weight becomes 0.
+    """
+
+    def __init__(self, clients: list[str]) -> None:
+        self._clients = set(clients)
+
+    def on_before_aggregate(self, trainer: L.Trainer, scope: str, updates: list[Any]) -> list[Any]:
+        return [update for update in updates if scope == "cloud" or update.sender not in self._clients]

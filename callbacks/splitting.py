@@ -1,0 +1,61 @@
+"""Cuts each client's model where its device, its link and the share that it has of its edge make a step fastest."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
+
+from elsa_pl.functional.plans import choose_plans
+
+Numbers = tuple[int, int, int]
+
+
+class ResourceAwareSplitting(Callback):
+    """Chooses how many blocks front, middle and tail of each client have, from the strategy's ``profile``.
+
+    For `elsa_pl`'s strategy. Plans follow the assignment: after each change of it they are chosen anew. Costs are those
+    of a full batch of the longest texts, so that memory holds in every step.
+
+    Args:
+        min_front: blocks that every front has at least: the fewer, the easier an edge recovers tokens.
+        min_tail: blocks that every tail has at least.
+
+    Source:
+        ELSA (Yang et al. 2026, arXiv 2601.13824) chooses cuts by resources. `elsa_pl.functional.plans` weighs all
+        clients of an edge together, because they share it.
+
+    Example:
+        >>> splitting = ResourceAwareSplitting(min_front=2)
+    """
+
+    def __init__(self, min_front: int = 1, min_tail: int = 1) -> None:
+        if min_front < 1 or min_tail < 1:
+            raise ValueError(f"min_front and min_tail must be at least 1; got {min_front} and {min_tail}")
+        self._min_front, self._min_tail = min_front, min_tail
+        self._assignment: dict[str, str] = {}
+        self._plans: dict[str, Numbers] = {}
+
+    def on_plan_clients(
+        self, trainer: "pl.Trainer", plans: Mapping[str, Numbers], assignment: Mapping[str, str]
+    ) -> dict[str, Numbers]:
+        """The plans for the next round: new ones when the assignment is new, else those there are."""
+        if assignment != self._assignment:
+            strategy: Any = trainer.strategy
+            if strategy.network is None:
+                raise ValueError(
+                    "ResourceAwareSplitting needs devices and links, got no profile: set profile.distribution, such as"
+                    " mixed, or take the callback out"
+                )
+            chosen = choose_plans(
+                strategy.workload, strategy.network, assignment, min_front=self._min_front, min_tail=self._min_tail
+            )
+            self._assignment = dict(assignment)
+            self._plans = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
+        return self._plans
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"assignment": self._assignment, "plans": self._plans}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._assignment, self._plans = dict(state_dict["assignment"]), dict(state_dict["plans"])

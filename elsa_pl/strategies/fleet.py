@@ -1,0 +1,242 @@
+"""The clients of a run as a fleet: their devices and links, their places, and what their models say about the probes.
+
+`elsa_pl.strategies.hierarchical` runs the processes and the rounds; what differs between clients is known here.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from elsa_pl.datamodules.faults import FaultKind, corrupt
+from elsa_pl.functional.costs import Workload
+from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings, draw_profile
+from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.functional.updates import hashed_update
+from elsa_pl.rpc.messages import Update, Work
+from elsa_pl.rpc.world import World
+from elsa_pl.strategies.measurement import measure_links, with_links
+from elsa_pl.strategies.placement import Placement, Plain, asks, decide, hooks
+from elsa_pl.strategies.rounds import Rounds, num_bytes
+from elsa_pl.strategies.simulation import simulate_round
+from elsa_pl.strategies.topology import Topology
+from elsa_pl.tiers.client import Client, EdgeAddress
+from elsa_pl.tiers.probes import ProbeDesk
+
+
+@dataclass(frozen=True)
+class ComputePlaces:
+    """Where tiers compute, and how long a call between them may take."""
+
+    client_device: torch.device
+    edge_device: torch.device
+    device_to_device: bool
+    call_timeout_s: float
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What placing the clients depends on, before there is a fleet: to find out early that it cannot be done."""
+
+    network: NetworkProfile | None
+    workload: Workload
+
+
+class Fleet:
+    """The clients of a run, as one process sees them.
+
+    Args:
+        trainer: its callbacks decide about the clients.
+        module: makes their parts of the model.
+        rounds: this process' part in the rounds, without clients yet.
+        world: the processes.
+        places: where tiers compute.
+        own_client: the client of this process, between sites.
+
+    Attributes:
+        network: devices and links; None without a profile.
+        workload: a step on a full batch of the longest texts.
+    """
+
+    def __init__(
+        self,
+        trainer: "pl.Trainer",
+        module: Any,
+        rounds: Rounds,
+        world: World,
+        *,
+        places: ComputePlaces,
+        own_client: str | None,
+    ) -> None:
+        self._trainer, self._module, self._rounds, self._world = trainer, module, rounds, world
+        self._places, self._own_client = places, own_client
+        self.network: NetworkProfile | None = None
+        data = module.trainer.datamodule
+        self.workload: Workload = module.workload(data.batch_size, data.max_length)
+        self._placement: Placement | None = None
+        self._placed_before: Placement | None = None  # in the round that has just ended
+        self._probes: ProbeDesk | None = None
+
+    # ---- devices and links ---------------------------------------------------------------------------------------
+
+    def know(self, settings: ProfileSettings | None, data: Any, *, measure: bool) -> None:
+        """Draw the profile; between sites the links are measured instead. Every process calls."""
+        if settings is None:
+            return
+        topology = self._rounds.topology
+        if measure:
+            self._world.exchange(None)  # everybody serves before anybody measures
+            mine = measure_links(topology.edges, self._places.call_timeout_s) if self._own_client is not None else {}
+            found = self._world.exchange({edge: link.plain() for edge, link in mine.items()})
+            settings = with_links(settings, {client: found[client] for client in topology.clients})
+            self.network = draw_profile(settings, topology.clients, list(topology.edges), self._module.seed)
+        else:
+            self.network = draw_network(settings, topology, data, self._module.seed)
+
+    def simulate(self, work: Mapping[str, Work]) -> float | None:
+        """Simulated seconds of the round that has just ended; None without a profile.
+
+        Args:
+            work: what each client did in it.
+        """
+        if self.network is None or self._placed_before is None:
+            return None
+        adapter_bytes = num_bytes(self._module.global_adapters())
+        return simulate_round(work, self._placed_before, self.network, self.workload, adapter_bytes)
+
+    # ---- who is placed where -------------------------------------------------------------------------------------
+
+    @property
+    def placement(self) -> Placement:
+        """Edge and plan of each client."""
+        assert self._placement is not None, "the clients are not placed yet"
+        return self._placement
+
+    def place(self) -> None:
+        """Have the cloud decide which edge each client gets and how it is cut, and settle that everywhere.
+
+        Between rounds: the adapters that are published next go into every replica, old or new.
+        """
+        trainer, topology = self._trainer, self._rounds.topology
+        placement = self._placement
+        if placement is None:
+            plans = {client: self._module.plan_of(client) for client in topology.clients}
+            placement = Placement(topology.assignment, plans)
+        if asks(trainer, "on_assign_clients", "on_plan_clients"):
+            decided = decide(trainer, placement).plain() if self._world.role == "cloud" else None
+            placement = Placement.of(cast(Plain, trainer.strategy.broadcast(decided)))
+        self._placed_before = self._placement
+        if placement != self._placement:
+            self._settle(placement)
+            self._placement = placement
+
+    def _settle(self, placement: Placement) -> None:
+        """Build the clients and sessions of this process that are new or cut in another way; others stay."""
+        module, rounds = self._module, self._rounds
+        topology = replace(rounds.topology, assignment=placement.assignment)
+        before = self._placement
+        recut = {client for client, plan in placement.plans.items() if before is None or before.plans[client] != plan}
+        sessions = {
+            edge: {
+                client: service.sessions[client]
+                for client in topology.clients_of(edge)
+                if client in service.sessions and client not in recut
+            }
+            for edge, service in rounds.edges.items()
+        }
+        new_sessions = [
+            (edge, client) for edge in sessions for client in topology.clients_of(edge) if client not in sessions[edge]
+        ]
+        new_clients = [name for name in rounds.local_names if name in recut]
+        if (new_sessions or new_clients) and module.recall_base_model():
+            # read again, it shares no tensors with the replicas there are: one copy of the frozen weights is enough
+            new_sessions = [(edge, client) for edge in sessions for client in topology.clients_of(edge)]
+            new_clients = rounds.local_names
+        for edge, client in new_sessions:
+            sessions[edge][client] = module.make_middle(placement.plans[client], self._places.edge_device)
+        for name in new_clients:
+            front, tail = module.make_ends(placement.plans[name], self._places.client_device)
+            if name in rounds.clients:
+                rounds.clients[name].front, rounds.clients[name].tail = front, tail
+            else:
+                edge = topology.assignment[name]
+                address = EdgeAddress(topology.edges[edge], edge, self._places.call_timeout_s)
+                rounds.clients[name] = Client(
+                    name,
+                    front,
+                    tail,
+                    address,
+                    device=self._places.client_device,
+                    device_to_device=self._places.device_to_device,
+                )
+        for edge, service in rounds.edges.items():
+            service.sessions = sessions[edge]
+        rounds.move(topology)
+        if rounds.edges and self._probes is None and asks(self._trainer, "on_clients_probed"):
+            self._probes = ProbeDesk(
+                module.replicas_for_probes(self._places.edge_device), module.trainer.datamodule.probe_batches()
+            )
+        module.forget_base_model()
+
+    # ---- what the clients' models say ----------------------------------------------------------------------------
+
+    def probe_base(self) -> None:
+        """Before the first round: show the callbacks what the model says about the probes without any training."""
+        trainer = self._trainer
+        asking = list(hooks(trainer, "on_base_probed"))
+        if not asking:
+            return
+        # the first edge's answer is everybody's: what is projected on must not differ by rounding
+        first = next(iter(self._rounds.topology.edges)) in self._rounds.edges
+        base = self._probes.base() if self._probes is not None and first else None
+        (states, predictions), *_ = (found for found in self._world.exchange(base).values() if found is not None)
+        for hook in asking:
+            hook(trainer, states, predictions)
+
+    def inspect(self, updates: list[Update]) -> None:
+        """Show the callbacks what the clients' models say about the probes.
+
+        A callback takes part by having ``on_clients_probed(trainer, probed)``, which is called in every process, and
+        ``probes_due(trainer)``; ``probed`` has states and predictions (see `elsa_pl.tiers.probes`) and the hashed
+        update since the last published adapters, of the clients of this process' edges.
+
+        Args:
+            updates: what the edges of this process received in this global round.
+        """
+        trainer = self._trainer
+        due = [hook for hook in hooks(trainer, "on_clients_probed") if cast(Any, hook).__self__.probes_due(trainer)]
+        if not due:
+            return
+        probed = {}
+        if self._probes is not None:
+            found = self._probes.evaluate({update.sender: update.adapters for update in updates})
+            given = self._module.global_adapters()
+            probed = {
+                update.sender: (*found[update.sender], hashed_update(given, update.adapters)) for update in updates
+            }
+        for hook in due:
+            hook(trainer, probed)
+
+    def corrupt(self, client: str, update: Update, received: Mapping[str, Tensor]) -> Update | None:
+        """What a client submits: a faulty one something else than its update (experiments), or nothing."""
+        module = self._module
+        faults: dict[str, FaultKind] = module.trainer.datamodule.client_faults
+        if client not in faults:
+            return update
+        generator = torch.Generator().manual_seed(derive_seed(module.seed, "fault", client, module.current_epoch))
+        sent = corrupt(faults[client], update.adapters, received, module.trainer.datamodule.fault_scale, generator)
+        return None if sent is None else replace(update, adapters=sent)
+
+
+def draw_network(settings: ProfileSettings, topology: Topology, data: Any, seed: int) -> NetworkProfile:
+    """The profile of a simulation, in which faulty clients may be slow."""
+    network = draw_profile(settings, topology.clients, list(topology.edges), seed)
+    slow = {client for client, kind in data.client_faults.items() if kind == "slow"}
+    devices = {
+        client: replace(device, flops_per_s=device.flops_per_s / data.fault_scale) if client in slow else device
+        for client, device in network.devices.items()
+    }
+    return replace(network, devices=devices)

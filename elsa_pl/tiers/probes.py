@@ -1,0 +1,111 @@
+"""What a client's model says about the probes: evaluated on its adapters where they are received.
+
+An edge judges its clients by the adapters that they submit, before any mean (after it, all its clients are the same).
+So no client can claim a better face than that of what it sends, weak devices are spared the work, and probes never
+cross a link, where known texts under a fixed secret would give the secret away.
+"""
+
+import os
+import queue
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from elsa_pl.functional.microbatches import IGNORE_INDEX
+from elsa_pl.models import Task, copy_sharing
+from elsa_pl.tiers.client import Batch
+from elsa_pl.tiers.tier import PrecisionContext
+
+# Shapes: Q probes, B batch, T tokens, D hidden, C classes.
+
+_MOST_WORKERS = 4
+
+
+class ProbeModel:
+    """A replica of the uncut model that shares its frozen weights, to try clients' adapters on.
+
+    Args:
+        model: the uncut model with adapters.
+        task: decides what counts as a prediction.
+        device: where it computes.
+        precision: enters the precision of the run.
+    """
+
+    def __init__(self, model: PeftModel, task: Task, device: torch.device, precision: PrecisionContext) -> None:
+        self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
+        self._task, self._device, self._precision = task, device, precision
+        self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+
+    def evaluate(self, adapters: Mapping[str, Tensor] | None, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+        """States and predictions of the model with some adapters.
+
+        Args:
+            adapters: by global layer name; None leaves those that the replica was made with.
+            batches: of probes, without labels.
+
+        Returns:
+            - (Q, D): the last hidden states, averaged over the tokens of each probe;
+            - (Q, C): the probabilities of the classes. In causal language modelling there are two, the geometric mean
+              of the probe's own tokens' probabilities and the rest: a whole vocabulary for each token would be as
+              large as the model.
+        """
+        with torch.no_grad():
+            for name, value in (adapters or {}).items():
+                self._parameters[name].copy_(value)
+            outputs = [self._evaluate(batch) for batch in batches]
+        states, predictions = zip(*outputs, strict=True)
+        return torch.cat(states), torch.cat(predictions)
+
+    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        inputs = {name: value.to(self._device) for name, value in batch.items() if name not in ("labels", "rows")}
+        with self._precision():
+            output = self._model(**inputs, output_hidden_states=True)
+        mask = inputs["attention_mask"].unsqueeze(-1).float()
+        states = (output.hidden_states[-1].float() * mask).sum(1) / mask.sum(1)
+        logits = output.logits.float()
+        if self._task == "classification":
+            return states.cpu(), logits.softmax(-1).cpu()
+        targets = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORE_INDEX)[:, 1:]
+        losses = nn.functional.cross_entropy(logits[:, :-1].mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
+        likely = (-losses.sum(1) / (targets != IGNORE_INDEX).sum(1)).exp()
+        return states.cpu(), torch.stack([likely, 1 - likely], dim=1).cpu()
+
+
+class ProbeDesk:
+    """Evaluates the clients of this process' edges on the probes, several at the same time.
+
+    Args:
+        models: replicas to try adapters on.
+        batches: of probes.
+    """
+
+    def __init__(self, models: Sequence[ProbeModel], batches: Sequence[Batch]) -> None:
+        self._models, self._batches = models, batches
+
+    def base(self) -> tuple[Tensor, Tensor]:
+        """States (Q, D) and predictions (Q, C) of the model before any training; to be asked before `evaluate`."""
+        return self._models[0].evaluate(None, self._batches)
+
+    def evaluate(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
+        """States (Q, D) and predictions (Q, C) by client, from the adapters of each."""
+        free: queue.SimpleQueue[ProbeModel] = queue.SimpleQueue()
+        for model in self._models:
+            free.put(model)
+
+        def evaluate(client: str) -> tuple[Tensor, Tensor]:
+            model = free.get()
+            try:
+                return model.evaluate(adapters[client], self._batches)
+            finally:
+                free.put(model)
+
+        with ThreadPoolExecutor(len(self._models), "elsa-probe") as pool:
+            return dict(zip(adapters, pool.map(evaluate, adapters), strict=True))
+
+
+def num_workers() -> int:
+    """Replicas that evaluate clients at the same time: one for each core, up to a few."""
+    return min(_MOST_WORKERS, len(os.sched_getaffinity(0)))
