@@ -5,6 +5,8 @@ VENV ?= .venv
 PIP_FLAGS ?=
 # More for pytest: make test PYTEST_FLAGS="-m 'not slow'"
 PYTEST_FLAGS ?=
+# Processes that run tests side by side, each a module at a time; 0 for one after the other
+PYTEST_WORKERS ?= 2
 
 PIP_INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt
 
@@ -20,7 +22,7 @@ quickstart: $(VENV)/.run ## install what a run needs, then train the smallest ex
 	$(VENV)/bin/python train.py fit --config configs/quickstart.yaml
 
 test: $(VENV)/.dev ## install what the tests need, then run them
-	$(VENV)/bin/python -m pytest $(PYTEST_FLAGS)
+	$(VENV)/bin/python -m pytest -n $(PYTEST_WORKERS) --dist loadscope --no-loadscope-reorder $(PYTEST_FLAGS)
 
 check: $(VENV)/.dev ## lint, formatting and types
 	$(VENV)/bin/python -m ruff check .

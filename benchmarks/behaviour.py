@@ -1,7 +1,7 @@
 """Does behaviour show who belongs together, and who is not to be trusted?
 
-    python -m benchmarks.behaviour groups --data_root DATA_ROOT
-    python -m benchmarks.behaviour trust --data_root DATA_ROOT
+    python -m benchmarks.behaviour groups --data_root DATA_ROOT [--data_sets trec banking77]
+    python -m benchmarks.behaviour trust --data_root DATA_ROOT [--rounds 3] [--ways trust]
 
 ``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
 ``trust``: 20 clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of
@@ -31,10 +31,11 @@ from elsa_pl.functional.clustering import cluster, cosine_distances
 
 ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
+WAYS = ("trust", "mean", "median", "trimmed_mean", "krum", "without")  # without the faulty clients' updates
 NUM_CLIENTS, NUM_GROUPS, ALPHA, NUM_PROBES = 20, 4, 0.3, 128
-WARMUP_ROUNDS, WARMUP_STEPS = 2, 20
-TRUST_ROUNDS, TRUST_STEPS, JUDGED_AFTER = 12, 5, 3
-FAULTS: dict[str, dict[str, Any]] = {"flipped_labels": {}, "sign_flip": {"data.fault_scale": 3}, "random": {}}
+WARMUP_ROUNDS, WARMUP_STEPS = 2, 10
+TRUST_STEPS, JUDGED_AFTER = 10, 3
+FAULTS: dict[str, dict[str, Any]] = {"flipped_labels": {}, "sign_flip": {"fault_scale": 3}, "random": {}}
 CLUSTERING: dict[str, Any] = {
     "class_path": "BehaviorClustering",
     "init_args": {"num_clusters": NUM_GROUPS, "pictures": False},
@@ -82,7 +83,7 @@ def common(data: Settings, rounds: int, steps: int) -> dict[str, Any]:
     return {
         "model.model": "bundled:all-MiniLM-L6-v2",
         "model.plan": {"front": 1, "middle": 4, "tail": 1},
-        "model.optimizer": {"class_path": "AdamW", "init_args": {"lr": 3e-3}},
+        "model.optimizer": {"class_path": "AdamW", "init_args": {"lr": 5e-3}},
         "seed_everything": data["seed"],
         **{f"data.{name}": value for name, value in data.items() if name != "seed"},
         "trainer.max_epochs": rounds,
@@ -124,9 +125,11 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
         truths[name] = (module.client_groups or {}, module.client_faults)
     folders = all_of(jobs, output)
     print(f"\nadjusted Rand index after {WARMUP_ROUNDS} rounds of {WARMUP_STEPS} steps, seeds {SEEDS}")
-    print(f"{'groups differ in':<38}{'fingerprints':>24}{'number found':>24}{'cosine of updates':>24}")
+    columns = ("given", "found", "cosine", "centred")
+    titles = ("fingerprints", "number found", "cosine of updates", "centred cosine")
+    print(f"{'groups differ in':<34}" + "".join(f"{title:>24}" for title in titles))
     for data_set, partition, faulty in itertools.product(data_sets, ("groups", "sources"), (0, 2)):
-        row: dict[str, list[float]] = {"given": [], "found": [], "cosine": []}
+        row: dict[str, list[float]] = {column: [] for column in columns}
         for seed in SEEDS:
             name = f"{data_set}-{partition}-{faulty}-{seed}"
             truth, faults = truths[name]
@@ -134,74 +137,70 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
             honest = [place for place, client in enumerate(state["names"]) if client not in faults]
             expected = [truth[state["names"][place]] for place in honest]
             updates = torch.load(output / f"{name}.pt", weights_only=True)[WARMUP_ROUNDS]
-            cosine = cosine_distances(torch.stack([updates[client] for client in state["names"]]))
+            moved = torch.stack([updates[client] for client in state["names"]])
             for kind, matrix, count in (
                 ("given", state["divergences"], NUM_GROUPS),
                 ("found", state["divergences"], None),
-                ("cosine", cosine, NUM_GROUPS),
+                ("cosine", cosine_distances(moved), NUM_GROUPS),
+                ("centred", cosine_distances(moved, centred=True), NUM_GROUPS),
             ):
                 labels = cluster(matrix, count)
                 row[kind].append(adjusted_rand_score(expected, labels[honest].tolist()))
         differ = "label mix" if partition == "groups" else "wording"
         title = f"{data_set}, {differ}" + (f", {faulty} faulty" if faulty else "")
-        print(f"{title:<38}" + "".join(f"{_several(row[kind]):>24}" for kind in ("given", "found", "cosine")))
+        print(f"{title:<34}" + "".join(f"{_several(row[column]):>24}" for column in columns))
 
 
-def trust(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
+def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, ways: Sequence[str]) -> None:
     """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
-    ways: dict[str, dict[str, Any]] = {
-        "trust": {"trainer.callbacks": [CLUSTERING, TRUST]},
-        **{
-            name: {"trainer.strategy.init_args.aggregator": name} for name in ("mean", "median", "trimmed_mean", "krum")
-        },
-    }
-    jobs, truths = [], {}
-    for data_set, fault, seed in itertools.product(data_sets, (*FAULTS, None), SEEDS):
+    faults = (None, *FAULTS) if len(ways) > 1 else tuple(FAULTS)
+    jobs, truths = {}, {}
+    for data_set, fault, seed in itertools.product(data_sets, faults, SEEDS):
         more: dict[str, Any] = {"partition": "dirichlet"}
         if fault is not None:
-            scale = {key.removeprefix("data."): value for key, value in FAULTS[fault].items()}
-            more |= {"faulty_fraction": 0.25, "fault": fault, **scale}
+            more |= {"faulty_fraction": 0.25, "fault": fault, **FAULTS[fault]}
         data = data_settings(data_set, data_root, seed, more)
         module = FederatedTextDataModule(**data)
         module.load()
         truths[data_set, fault, seed] = module.client_faults
-        settings = {**common(data, TRUST_ROUNDS, TRUST_STEPS), "model.lr_schedule": "linear"}
-        for way, setting in ways.items():
-            jobs.append((f"trust-{data_set}-{fault}-{way}-{seed}", {**settings, **setting}))
-        if fault is not None:
-            jobs.append(
-                (f"trust-{data_set}-{fault}-without-{seed}", {**settings, **_without(truths[data_set, fault, seed])})
-            )
-    folders = all_of(jobs, output)
-    columns = [*ways, "without"]
-    print(
-        f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {TRUST_ROUNDS} rounds, seeds {SEEDS}"
-    )
-    print(f"{'':<32}{'ROC-AUC':>20}" + "".join(f"{way:>20}" for way in columns))
-    for data_set, fault in itertools.product(data_sets, (None, *FAULTS)):
-        cells = []
-        aucs = []
-        for seed in SEEDS:
-            history = state_of(folders[f"trust-{data_set}-{fault}-trust-{seed}"], "TrustScoring")["history"]
-            if fault is not None:
-                wrong = [client in truths[data_set, fault, seed] for client in history]
-                aucs.append(roc_auc_score(wrong, [1 - scores[JUDGED_AFTER - 1] for scores in history.values()]))
-        for way in columns:
-            names = [f"trust-{data_set}-{fault}-{way}-{seed}" for seed in SEEDS]
-            found = [
-                100 * json.loads((folders[name] / "summary.json").read_text())["test_accuracy"]
-                for name in names
-                if name in folders
+        for way in ways:
+            if way == "without" and fault is None:
+                continue
+            setting: dict[str, Any] = {"trainer.callbacks": [CLUSTERING, TRUST]} if way == "trust" else {}
+            if way == "without":
+                leaving_out = {"clients": sorted(truths[data_set, fault, seed])}
+                setting = {
+                    "trainer.callbacks": [{"class_path": "benchmarks.recorder.LeaveOut", "init_args": leaving_out}]
+                }
+            elif way != "trust":
+                setting = {"trainer.strategy.init_args.aggregator": way}
+            name = f"trust-{rounds}-{data_set}-{fault}-{way}-{seed}"
+            jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
+    folders = all_of(list(jobs.values()), output)
+    print(f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {rounds} rounds, seeds {SEEDS}")
+    print(f"{'':<28}{'ROC-AUC':>24}" + "".join(f"{way:>24}" for way in ways))
+    for data_set, fault in itertools.product(data_sets, faults):
+        cells = [""]
+        if fault is not None and "trust" in ways:
+            histories = [
+                state_of(folders[jobs[data_set, fault, "trust", seed][0]], "TrustScoring")["history"] for seed in SEEDS
             ]
-            cells.append(_several(found, 1) if found else "")
-        auc = _several(aucs) if aucs else ""
-        print(f"{data_set + ', ' + (fault or 'no faults'):<32}{auc:>20}" + "".join(f"{cell:>20}" for cell in cells))
-
-
-def _without(faulty: Mapping[str, Any]) -> dict[str, Any]:
-    """The same run without the faulty clients: they train, and nobody counts them."""
-    leaving_out = {"class_path": "benchmarks.recorder.LeaveOut", "init_args": {"clients": sorted(faulty)}}
-    return {"trainer.callbacks": [leaving_out]}
+            cells = [
+                _several(
+                    [
+                        roc_auc_score(
+                            [client in truths[data_set, fault, seed] for client in history],
+                            [1 - scores[JUDGED_AFTER - 1] for scores in history.values()],
+                        )
+                        for seed, history in zip(SEEDS, histories, strict=True)
+                    ]
+                )
+            ]
+        for way in ways:
+            names = [jobs[data_set, fault, way, seed][0] for seed in SEEDS if (data_set, fault, way, seed) in jobs]
+            accuracies = [json.loads((folders[name] / "summary.json").read_text())["test_accuracy"] for name in names]
+            cells.append(_several([100 * accuracy for accuracy in accuracies], 1) if accuracies else "")
+        print(f"{data_set + ', ' + (fault or 'no faults'):<28}" + "".join(f"{cell:>24}" for cell in cells))
 
 
 def _several(values: Sequence[float], digits: int = 2) -> str:
@@ -215,10 +214,15 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True, help="folder of trec/ and banking77/")
     parser.add_argument("--data_sets", nargs="+", default=["trec", "banking77"])
     parser.add_argument("--output", type=Path, default=Path("runs/behaviour"), help="where the runs go")
+    parser.add_argument("--rounds", type=int, default=3, help="of the runs for trust")
+    parser.add_argument("--ways", nargs="+", default=["trust"], choices=WAYS, help="to merge updates")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     output = args.output.resolve()
-    {"groups": groups, "trust": trust}[args.experiment](args.data_root.resolve(), output, args.data_sets)
+    if args.experiment == "groups":
+        groups(args.data_root.resolve(), output, args.data_sets)
+    else:
+        trust(args.data_root.resolve(), output, args.data_sets, args.rounds, args.ways)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import Callback
 
 
 class Recorder(Callback):
-    """Writes ``updates.pt`` after each round: by client, the submitted adapters less the global ones, as one vector.
+    """Writes at the end, by round and client, the submitted LoRA adapters less the global ones, as one vector.
 
     For runs in layout ``single``, where all updates are at hand.
 
@@ -26,7 +26,9 @@ class Recorder(Callback):
             module: Any = trainer.lightning_module
             received = module.global_adapters()
             for update in updates:
-                moved = [(update.adapters[name] - value).flatten() for name, value in received.items()]
+                moved = [
+                    (update.adapters[name] - value).flatten() for name, value in received.items() if ".lora_" in name
+                ]
                 self._rounds.setdefault(trainer.current_epoch + 1, {})[update.sender] = torch.cat(moved)
         return updates
 

@@ -11,11 +11,14 @@ from torch import Tensor
 
 from elsa_pl.callbacks import pictures
 from elsa_pl.callbacks.probing import Probed, ProbingCallback, agree, companion, gather, log_agreed
+from elsa_pl.callbacks.trust import TrustScoring
 from elsa_pl.functional.clustering import cluster
 from elsa_pl.functional.divergence import symmetric_kl
-from elsa_pl.functional.fingerprints import fingerprint, principal_directions
+from elsa_pl.functional.fingerprints import MAX_CONTRASTS, behaviour_change, fingerprint, principal_directions
 
 log = logging.getLogger(__name__)
+
+_FLOOR = 1e-6  # features are in units of the base model's spread: far below what a step changes
 
 # Shapes: N clients, Q probes, D hidden, M projected width.
 
@@ -23,13 +26,15 @@ log = logging.getLogger(__name__)
 class BehaviorClustering(ProbingCallback):
     """Clusters clients by the symmetric KL divergence of their fingerprints on the probes.
 
-    A fingerprint is a Gaussian over the probe representations of a client's model, projected on the directions in
-    which those of the untrained model vary most. Only its mean and covariance travel.
+    A fingerprint is a Gaussian over the probes of what training changed in a client's model: the representations, in
+    the directions in which those of the untrained model vary most, and the log-probabilities. Only its mean and
+    covariance travel.
 
     Args:
         num_clusters: how many; None chooses by silhouette.
         max_clusters: at most so many, if chosen.
-        width: M, directions that representations are projected on; needs more probes than that.
+        width: M, directions that representations are projected on; needs more probes than that, and one for each
+            class but the first (32 at most).
         warmup_rounds: rounds before the first clustering.
         every_n_rounds: rounds between clusterings.
         probes: see `elsa_pl.callbacks.probing.ProbingCallback`; only for other projects.
@@ -42,9 +47,9 @@ class BehaviorClustering(ProbingCallback):
         round: the round after which they were computed, counted from 1; 0 before.
 
     Source:
-        ELSA (Yang et al. 2026, arXiv 2601.13824). There clients compute their fingerprints and clusters follow from a
-        threshold; here edges compute them from what clients submit (`elsa_pl.tiers.probes` says why), covariances are
-        shrunk, and clustering is agglomerative.
+        ELSA (Yang et al. 2026, arXiv 2601.13824). There clients compute their fingerprints, from representations
+        alone; here edges compute them from what clients submit (`elsa_pl.tiers.probes` says why), and
+        `elsa_pl.functional.fingerprints` says what is in them.
 
     Example:
         >>> clustering = BehaviorClustering(num_clusters=4, warmup_rounds=2)
@@ -55,7 +60,7 @@ class BehaviorClustering(ProbingCallback):
         num_clusters: int | None = None,
         *,
         max_clusters: int = 8,
-        width: int = 32,
+        width: int = 16,
         warmup_rounds: int = 1,
         every_n_rounds: int = 5,
         probes: Iterable[Any] | None = None,
@@ -68,32 +73,32 @@ class BehaviorClustering(ProbingCallback):
             raise ValueError(f"max_clusters and width must be at least 1; got {max_clusters} and {width}")
         self._num_clusters, self._max_clusters, self._width = num_clusters, max_clusters, width
         self._pictures = pictures
-        self._directions: Tensor | None = None
+        self._base: tuple[Tensor, Tensor, Tensor] | None = None  # states, predictions and directions
         self.clusters: dict[str, int] = {}
         self.names: list[str] = []
         self.divergences: Tensor | None = None
         self.round = 0
 
-    def check_probes(self, num_probes: int) -> None:
-        if num_probes <= self._width:
+    def check_probes(self, num_probes: int, num_classes: int) -> None:
+        least = self._width + min(num_classes - 1, MAX_CONTRASTS) + 1
+        if num_probes < least:
             raise ValueError(
-                f"BehaviorClustering needs more probes than directions, at least {self._width + 1} for"
-                f" width={self._width}; got {num_probes}: raise data.num_probes, give a longer probe_file, or lower"
-                " width"
+                f"BehaviorClustering needs at least {least} probes for width={self._width} and {num_classes} classes;"
+                f" got {num_probes}: raise data.num_probes, give a longer probe_file, or lower width"
             )
 
     def on_base_probed(self, trainer: "pl.Trainer", states: Tensor, predictions: Tensor) -> None:
-        self._directions = principal_directions(states, self._width)
+        self._base = states, predictions, principal_directions(states, self._width)
 
     def on_clients_probed(self, trainer: "pl.Trainer", probed: Probed) -> None:
-        assert self._directions is not None, "the base model is probed before any client"
+        assert self._base is not None, "the base model is probed before any client"
         found = {}
-        for client, (states, *_) in probed.items():
-            if states.isfinite().all():
-                mean, covariance = fingerprint(states, self._directions)
+        for client, (states, predictions, _) in probed.items():
+            if states.isfinite().all() and predictions.isfinite().all():
+                mean, covariance = fingerprint(behaviour_change(states, predictions, *self._base), floor=_FLOOR)
                 found[client] = (mean.float(), covariance.float())
             else:
-                log.warning("%s is left out of the clusters: its representations are not finite", client)
+                log.warning("%s is left out of the clusters: what its model says is not finite", client)
         gathered = gather(trainer, found)
         if gathered:
             self.names = list(gathered)
@@ -108,12 +113,6 @@ class BehaviorClustering(ProbingCallback):
         means, covariances = (torch.stack(parts) for parts in zip(*gathered.values(), strict=True))
         return symmetric_kl(means.double(), covariances.double())
 
-    def _trust_of(self, trainer: "pl.Trainer") -> dict[str, float]:
-        from elsa_pl.callbacks.trust import TrustScoring  # which imports this module
-
-        scoring = companion(trainer, TrustScoring)
-        return {} if scoring is None else scoring.trust
-
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._pictures and trainer.is_global_zero and self.divergences is not None:
             folder = Path(trainer.default_root_dir)
@@ -123,7 +122,8 @@ class BehaviorClustering(ProbingCallback):
             )
             placement = getattr(trainer.strategy, "placement", None)
             edges = None if placement is None else [placement.assignment[name] for name in self.names]
-            trust = self._trust_of(trainer)
+            scoring = companion(trainer, TrustScoring)
+            trust = {} if scoring is None else scoring.trust
             pictures.save(
                 pictures.draw_map(
                     self.divergences.numpy(),

@@ -59,8 +59,8 @@ class ProbingCallback(Callback):
         since = trainer.current_epoch + 1 - self._warmup
         return since >= 0 and since % self._every == 0
 
-    def check_probes(self, num_probes: int) -> None:
-        """Refuse, before anything starts, a number of probes that is too small.
+    def check_probes(self, num_probes: int, num_classes: int) -> None:
+        """Refuse, before anything starts, a number of probes that is too small for so many classes.
 
         Raises:
             ValueError: with the least number.

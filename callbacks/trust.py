@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from elsa_pl.callbacks import pictures
-from elsa_pl.callbacks.clustering import BehaviorClustering
-from elsa_pl.callbacks.probing import Probed, ProbingCallback, agree, companion, gather, log_agreed
+from elsa_pl.callbacks.probing import Probed, ProbingCallback, agree, gather, log_agreed
 from elsa_pl.functional.trust import coherence, consistency, smooth, trust_scores
 
 log = logging.getLogger(__name__)
@@ -80,7 +79,7 @@ class TrustScoring(ProbingCallback):
         if finite:
             before = torch.tensor([self.trust.get(client, 1.0) for client in finite])
             predictions, updates = (torch.stack(parts) for parts in zip(*map(sent.__getitem__, finite), strict=True))
-            agreement = consistency(predictions, self._clusters_of(trainer, finite), before)
+            agreement = consistency(predictions, None, before)
             found = trust_scores(agreement, coherence(updates, before))
             scores.update(zip(finite, found.tolist(), strict=True))
         for client, score in scores.items():
@@ -88,11 +87,6 @@ class TrustScoring(ProbingCallback):
         num_before = max(map(len, self.history.values()), default=0)
         for client, score in self.trust.items():  # who was not judged now keeps the score, and was trusted before
             self.history.setdefault(client, [1.0] * num_before).append(score)
-
-    def _clusters_of(self, trainer: "pl.Trainer", clients: Iterable[str]) -> Tensor:
-        clustering = companion(trainer, BehaviorClustering)
-        known = {} if clustering is None else clustering.clusters
-        return torch.tensor([known.get(client, 0) for client in clients])
 
     def on_before_aggregate(self, trainer: "pl.Trainer", scope: str, updates: list[Any]) -> list[Any]:
         """Multiply the weights of clients by their trust; those of edges are sums of such weights already."""

@@ -1,14 +1,23 @@
 """Runs of the product on data and models so small that a test can afford several of them."""
 
+import functools
 import json
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import docstring_parser
 import pandas as pd
 import torch
 from torch import Tensor
@@ -16,7 +25,12 @@ from torch import Tensor
 from elsa_pl import cli
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.models import uncut
+from elsa_pl.rpc.lifecycle import free_port
 from elsa_pl.tiers import SplitModel
+
+# The command line reads the docstrings of the Trainer and of our classes, which takes most of the time until it starts
+# anything. They are the same for each of the hundreds of commands here.
+docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY_BERT = {
@@ -42,7 +56,7 @@ DEFAULTS: dict[str, Any] = {
     "data.max_length": 24,
     "trainer.max_epochs": 2,
     "strategy.local_steps": 2,
-    "strategy.startup_timeout_s": 60,
+    "strategy.startup_timeout_s": 120,
     "strategy.call_timeout_s": 60,
     "strategy.round_timeout_s": 60,
 }
@@ -146,6 +160,126 @@ def run_command(prefix: Sequence[str], output_dir: Path, name: str, settings: Se
 def run_apart(output_dir: Path, name: str, settings: Settings) -> Run:
     """Run in a process of its own, which starts the others of the layout."""
     return run_command(["-m", "elsa_pl.cli"], output_dir, name, settings)
+
+
+_FORKS = multiprocessing.get_context("forkserver")
+# as everybody starts it: train.py sets what must be set before torch is loaded
+_FORKS.set_forkserver_preload(["train", __name__])
+# starting a process looks for the ends of all, and an exit code can be read once
+_ONE_AT_A_TIME = threading.Lock()
+
+
+def _main(arguments: Sequence[str], environment: Mapping[str, str], outputs: Sequence[Path], folder: Path) -> None:
+    """What ``python train.py`` does."""
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    os.chdir(folder)
+    sys.argv = ["train.py", *arguments]
+    sys.exit(cli.main())
+
+
+class Forked:
+    """A command in a process that is forked from one that has imported everything; for the rest, a `subprocess.Popen`.
+
+    Imports take longer than most of the runs here. What starts processes anew, our launcher and torchrun, has tests of
+    its own.
+
+    Args:
+        arguments: the command line, beginning with the command.
+        outputs: where stdout and stderr go, but for the ends ``.out`` and ``.err``.
+        environment: variables beside those of the tests.
+        folder: working directory.
+    """
+
+    def __init__(
+        self, arguments: Sequence[str], outputs: Path, environment: Mapping[str, str], folder: Path = ROOT
+    ) -> None:
+        self._arguments = arguments
+        self._outputs = [outputs.with_suffix(end) for end in (".out", ".err")]
+        target = (arguments, environment, self._outputs, folder)
+        self._process: ForkServerProcess = _FORKS.Process(target=_main, args=target)
+        with _ONE_AT_A_TIME, chdir(ROOT):  # the first one starts the server, which imports from here
+            self._process.start()
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code, or minus the number of the signal that it died of; None while it runs."""
+        return self.poll()
+
+    def poll(self) -> int | None:
+        """The same."""
+        with _ONE_AT_A_TIME:
+            return self._process.exitcode
+
+    def wait(self, timeout_s: float | None = None) -> int:
+        """Wait for the end and return the exit code.
+
+        Raises:
+            subprocess.TimeoutExpired: it is still running.
+        """
+        connection.wait([self._process.sentinel], timeout_s)
+        if (code := self.poll()) is None:
+            raise subprocess.TimeoutExpired(list(self._arguments), timeout_s or 0.0)
+        return code
+
+    def kill(self) -> None:
+        """Send SIGKILL, if it is still there."""
+        self._process.kill()
+
+    @property
+    def out(self) -> str:
+        return self._outputs[0].read_text()
+
+    @property
+    def err(self) -> str:
+        return self._outputs[1].read_text()
+
+
+def fork_all(
+    commands: Sequence[Sequence[str]], folder: Path, *, timeout_s: float = 250.0, workdir: Path = ROOT
+) -> list[Forked]:
+    """Run the processes of one run, each with a command line of its own, and wait for them; none is left behind.
+
+    Args:
+        commands: a command line for each rank.
+        folder: where their outputs go, as ``rank-<number>.out`` and ``.err``.
+        timeout_s: seconds for all of them.
+        workdir: their working directory.
+
+    Raises:
+        subprocess.TimeoutExpired: one does not end.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    here = {"WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks: list[Forked] = []
+    deadline = time.monotonic() + timeout_s
+    try:
+        for rank, command in enumerate(commands):
+            ranks.append(Forked(command, folder / f"rank-{rank}", {**here, "RANK": str(rank)}, workdir))
+        for forked in ranks:
+            forked.wait(max(0.0, deadline - time.monotonic()))
+    finally:
+        for forked in ranks:
+            forked.kill()
+            forked.wait()
+    return ranks
+
+
+def run_forked(output_dir: Path, name: str, settings: Settings, num_processes: int) -> Run:
+    """Run in so many processes, which somebody else than our launcher starts."""
+    command = arguments(output_dir, name, settings)
+    ranks = fork_all([command] * num_processes, output_dir.with_suffix(".outputs"))
+    assert_success(ranks)
+    return find_run(output_dir, name)
+
+
+def assert_success(ranks: Sequence[Forked]) -> None:
+    """Every process ended with success."""
+    outputs = "".join(f"--- rank {rank}\n{forked.out}{forked.err}" for rank, forked in enumerate(ranks))
+    assert [forked.returncode for forked in ranks] == [0] * len(ranks), outputs
 
 
 def find_run(output_dir: Path, name: str) -> Run:

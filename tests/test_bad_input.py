@@ -1,6 +1,5 @@
 """What users get wrong: one line that says expected, got and what to do, before anything is trained or written."""
 
-import json
 import os
 import socket
 import subprocess
@@ -12,9 +11,8 @@ import pytest
 import torch
 
 from elsa_pl import cli
-from elsa_pl.rpc.lifecycle import free_port
+from tests.runs import ROOT, fork_all
 
-ROOT = Path(__file__).resolve().parent.parent
 STRATEGY = "--trainer.strategy.init_args."
 TOKENIZER = "bundled:all-MiniLM-L6-v2"
 BERT = (
@@ -268,39 +266,17 @@ def test_wrong_number_of_processes(
     the_error(*capfd.readouterr(), words)
 
 
+@pytest.mark.timeout(300)
 def test_torchrun_with_too_few_processes(folder: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1"]
     command = [*torchrun, str(ROOT / "train.py"), *basics(), f"{STRATEGY}layout", "tiers"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode != 0
     ours, theirs = done.stderr.split("Traceback", 1)  # torchrun's own account of the failure
     assert "elsa_pl" not in theirs
     assert "error: layout 'tiers' with num_edges=1 and num_hosts=1 needs 2 processes (cloud, host-0); got 1" in ours
 
 
-# Runs the processes of several site layouts, forked from one that has imported everything already.
-FORKING = """
-import json, os, sys
-from elsa_pl import cli
-for case in json.loads(sys.argv[1]):
-    pids = []
-    for index, (environment, arguments) in enumerate(case["processes"]):
-        pid = os.fork()
-        if pid == 0:
-            os.environ.update(environment)
-            for number, name in ((1, "out"), (2, "err")):
-                os.dup2(os.open(f"{case['name']}-{index}.{name}", os.O_WRONLY | os.O_CREAT), number)
-            code = 99
-            try:
-                code = cli.main(arguments)
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(code)
-        pids.append(pid)
-    for pid in pids:
-        print(case["name"], os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-"""
 NAMES = {name: [f"{STRATEGY}name", name] for name in ("cloud", "north", "sky")}
 SITES = {
     "duplicate-name": ([("cloud", []), ("host", NAMES["cloud"])], ["'cloud'", "ranks [0, 1]", "name"]),
@@ -309,37 +285,20 @@ SITES = {
 }
 
 
-@pytest.fixture(scope="module")
-def sites(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The folder in which all the cases of SITES have been run."""
-    folder = tmp_path_factory.mktemp("sites")
-    write_files(folder)
-    cases = []
-    for name, (places, _) in SITES.items():
-        port, processes = free_port(), []
-        for rank, (role, extra) in enumerate(places):
-            where = {"RANK": rank, "WORLD_SIZE": len(places), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            site = ["--data.labels", "[l0, l1, l2, l3]", f"{STRATEGY}layout", "site", f"{STRATEGY}role", role]
-            processes.append(({key: str(value) for key, value in where.items()}, [*basics(), *site, *extra]))
-        cases.append({"name": name, "processes": processes})
-    # as train.py sets it before it imports torch
-    environment = {**os.environ, VARIABLE: str(folder), "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"}
-    command = [sys.executable, "-c", FORKING, json.dumps(cases)]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True, timeout=90)
-    assert sorted(done.stdout.splitlines()) == sorted(
-        f"{name} 1" for name, (places, _) in SITES.items() for _ in places
-    )
-    yield folder
-    assert not marked_processes(str(folder)), "a process was left"
-
-
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SITES)
-def test_sites_that_do_not_fit_together(name: str, sites: Path) -> None:
+def test_sites_that_do_not_fit_together(name: str, workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    write_files(workdir)
+    before = sorted(workdir.iterdir())
     places, words = SITES[name]
-    outputs = [
-        [(sites / f"{name}-{index}.{end}").read_text() for end in ("out", "err")] for index in range(len(places))
+    commands = [
+        [*basics(), "--data.labels", "[l0, l1, l2, l3]", f"{STRATEGY}layout", "site", f"{STRATEGY}role", role, *extra]
+        for role, extra in places
     ]
-    the_error(outputs[0][0], outputs[0][1], words)
-    for out, err in outputs[1:]:
-        assert "Traceback" not in out + err
-    assert not (sites / "runs").exists(), "stray files"
+    first, *others = fork_all(commands, tmp_path_factory.mktemp("outputs"), workdir=workdir)
+    the_error(first.out, first.err, words)
+    assert first.returncode == 1
+    for other in others:
+        assert other.returncode == 1
+        assert "Traceback" not in other.out + other.err
+    assert sorted(workdir.iterdir()) == before, "stray files"

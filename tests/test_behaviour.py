@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from elsa_pl import cli
-from tests.runs import Run, Settings, arguments, assert_close, assert_equal, run_apart, run_here, write_data
+from tests.runs import Run, Settings, arguments, assert_close, assert_equal, run_forked, run_here, write_data
 
 CLUSTERING = {"class_path": "BehaviorClustering", "init_args": {"width": 8, "warmup_rounds": 2, "every_n_rounds": 1}}
 TRUST = {"class_path": "TrustScoring", "init_args": {"min_trust": 0.0}}
@@ -52,6 +52,12 @@ def watched(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run_here(tmp_path_factory.mktemp("watched"), "watched", with_callbacks(base, callbacks))
 
 
+@pytest.fixture(scope="module")
+def judged(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Everything on, trust too."""
+    return run_here(tmp_path_factory.mktemp("judged"), "judged", with_callbacks(base, ALL))
+
+
 def state_of(run: Run, callback: str, epoch: int | None = None) -> dict[str, Any]:
     states = run.content(epoch)["callbacks"]
     return dict(next(state for key, state in states.items() if key.startswith(callback)))
@@ -70,8 +76,8 @@ def test_moving_and_recutting_clients_changes_nothing_that_is_learnt(plain: Run,
     assert_close(watched.adapters(), plain.adapters(), atol=1e-6)
 
 
-def test_what_is_left_behind(base: Settings, tmp_path: Path) -> None:
-    run = run_here(tmp_path, "all", with_callbacks(base, ALL))
+def test_what_is_left_behind(judged: Run) -> None:
+    run = judged
     assert {path.name for path in run.folder.iterdir()} >= PICTURES
     clients = {f"client-{index}" for index in range(6)}
     for epoch in range(3):
@@ -87,24 +93,24 @@ def test_what_is_left_behind(base: Settings, tmp_path: Path) -> None:
     assert run.summary()["bytes"]["behaviour"]["up"] > 0
 
 
-def test_layouts_agree(base: Settings, tmp_path: Path) -> None:
-    runs = [
-        run_here(tmp_path, "single", with_callbacks(base, ALL)),
-        run_apart(
-            tmp_path, "tiers", with_callbacks(base, ALL, **{"strategy.layout": "tiers", "strategy.num_hosts": 2})
-        ),
-        run_apart(tmp_path, "full", with_callbacks(base, ALL, **{"strategy.layout": "full"})),
-    ]
-    for other in runs[1:]:
-        assert_equal(other.adapters(), runs[0].adapters())
-        assert state_of(other, "TrustScoring") == state_of(runs[0], "TrustScoring")
-        assert placements(other) == placements(runs[0])
-        assert other.metrics()[2]["simulated/time_s"] == runs[0].metrics()[2]["simulated/time_s"]
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("layout", "num_processes"),
+    [({"strategy.layout": "tiers", "strategy.num_hosts": 2}, 3), ({"strategy.layout": "full"}, 4)],
+    ids=["tiers", "full"],
+)
+def test_layouts_agree(layout: Settings, num_processes: int, base: Settings, judged: Run, tmp_path: Path) -> None:
+    run = run_forked(tmp_path / "runs", "run", {**with_callbacks(base, ALL), **layout}, num_processes)
+    assert_equal(run.adapters(), judged.adapters())
+    assert state_of(run, "TrustScoring") == state_of(judged, "TrustScoring")
+    assert placements(run) == placements(judged)
+    assert run.metrics()[2]["simulated/time_s"] == judged.metrics()[2]["simulated/time_s"]
 
 
-def test_resumed_equals_uninterrupted(base: Settings, tmp_path: Path) -> None:
+def test_resumed_equals_uninterrupted(base: Settings, judged: Run, tmp_path: Path) -> None:
     """Trust, clusters, places and plans come back with the checkpoint of a round."""
-    whole = run_here(tmp_path, "whole", with_callbacks(base, ALL))
+    whole = judged
     assert placements(whole)[0] != placements(whole)[-1]
     resumed = run_here(tmp_path, "resumed", with_callbacks(base, ALL, ckpt_path=str(whole.checkpoint(0))))
     assert_equal(resumed.adapters(), whole.adapters())
@@ -176,7 +182,7 @@ def test_one_client(base: Settings, tmp_path: Path) -> None:
 
 BAD: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([CLUSTERING], {"data.num_probes": 0}, ["num_probes", "probe_file"]),
-    ([CLUSTERING], {"data.num_probes": 8}, ["9", "8", "width"]),
+    ([CLUSTERING], {"data.num_probes": 8}, ["12", "8", "width"]),
     ([ASSIGNMENT], {"profile": None}, ["profile"]),
     ([SPLITTING], {"profile": None}, ["profile"]),
     ([{**ASSIGNMENT, "init_args": {"capacity": 2}}], {}, ["6 clients", "4"]),

@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import yaml
 
 from elsa_pl import cli
-from tests.runs import ROOT, TINY_LLAMA, Run, arguments, find_run, run_here, write_data
+from tests.runs import ROOT, TINY_LLAMA, Run, arguments, assert_success, find_run, fork_all, run_here, write_data
 
 FIGURES = ["accuracy", "f1", "loss"]
 STRATEGY = "--trainer.strategy.init_args."
@@ -70,14 +69,6 @@ def command(name: str, fitted: Fitted, output_dir: Path, *more: str) -> Run:
     """Run a command from the fitted run's folder, in this process."""
     assert cli.main([name, *fitted.args, "--output_dir", str(output_dir), *more]) == 0
     return find_run(output_dir, "tiny")
-
-
-def command_apart(prefix: Sequence[str], name: str, fitted: Fitted, output_dir: Path, *more: str) -> tuple[Run, str]:
-    """The same in processes of its own; returns also what was printed."""
-    given = [*prefix, name, *fitted.args, "--output_dir", str(output_dir), *more]
-    done = subprocess.run([sys.executable, *given], cwd=ROOT, capture_output=True, text=True, check=False, timeout=110)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return find_run(output_dir, "tiny"), done.stdout
 
 
 def predicted(run: Run) -> list[dict[str, str]]:
@@ -158,21 +149,27 @@ def test_predict_file_needs_no_labels(fitted: Fitted, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_predictions_do_not_depend_on_the_layout(fitted: Fitted, tmp_path: Path) -> None:
     """The second host predicts nothing, and waits; the file is written by another process than the first."""
     here = command("predict", fitted, tmp_path / "here")
-    given = [f"{STRATEGY}layout", "tiers", f"{STRATEGY}num_hosts", "2"]
-    there, printed = command_apart(["train.py"], "predict", fitted, tmp_path / "there", *given)
+    given = ["predict", *fitted.args, "--output_dir", str(tmp_path / "there")]
+    given += [f"{STRATEGY}layout", "tiers", f"{STRATEGY}num_hosts", "2"]
+    ranks = fork_all([given] * 3, tmp_path / "outputs")
+    assert_success(ranks)
+    there = find_run(tmp_path / "there", "tiny")
     assert predicted(there) == predicted(here)
-    assert str(there.folder / "predictions.csv") in printed
+    assert str(there.folder / "predictions.csv") in ranks[0].out
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(300)
 def test_torchrun_tests_and_gives_the_same_figures(fitted: Fitted, tmp_path: Path) -> None:
-    prefix = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "train.py"]
-    run, _ = command_apart(prefix, "test", fitted, tmp_path, f"{STRATEGY}layout", "tiers")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", "train.py"]
+    given = ["test", *fitted.args, "--output_dir", str(tmp_path), f"{STRATEGY}layout", "tiers"]
+    done = subprocess.run([*launch, *given], cwd=ROOT, capture_output=True, text=True, check=False, timeout=250)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = find_run(tmp_path, "tiny")
     assert {name: run.summary()[name] for name in ("test_accuracy", "test_merged_accuracy")} == {
         name: fitted.run.summary()[name] for name in ("test_accuracy", "test_merged_accuracy")
     }

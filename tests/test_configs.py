@@ -20,9 +20,10 @@ from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.models import resolve_model
 from tests.runs import ROOT, Run, find_run, write_data
 
+CONFIGS = ROOT / "configs"
 REDUCED = ["--trainer.max_epochs", "1", "--trainer.strategy.init_args.local_steps", "2"]
 OWN_DATA = ["--data.num_clients", "4"]
-TIMEOUT_S = 110
+TIMEOUT_S = 250
 # folder, columns, rows and labels of the data sets that configs refer to as ${data_root}/FOLDER/train.csv and test.csv
 DATA: dict[str, tuple[str, list[str], tuple[int, int], int]] = {
     "trec.yaml": ("trec", ["text", "label"], (5452, 500), 6),
@@ -44,14 +45,15 @@ def run_config(config: str, output_dir: Path, *more: str) -> tuple[Run, str]:
     return find_run(output_dir, Path(config).stem), done.stdout
 
 
-def run_here(config: str, output_dir: Path, *more: str) -> Run:
+def run_here(config: Path, output_dir: Path, *more: str) -> Run:
     """Run in this process, with every role in it: what a config states is tried at the price of a few steps."""
-    command = ["fit", "--config", str(ROOT / "configs" / config), "--output_dir", str(output_dir)]
+    command = ["fit", "--config", str(config), "--output_dir", str(output_dir)]
     with warnings.catch_warnings():
         # Lightning, when the own process has a command line too, as pytest has
         warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
         assert cli.main([*command, "--trainer.strategy.layout", "single", *more]) == 0
-    return find_run(output_dir, Path(config).stem)
+    (name,) = output_dir.iterdir()
+    return find_run(output_dir, name.name)
 
 
 def write_stand_in(folder: Path, columns: list[str], num_labels: int) -> None:
@@ -68,7 +70,7 @@ def write_stand_in(folder: Path, columns: list[str], num_labels: int) -> None:
 
 def test_every_config_is_tested_and_says_how_it_is_run() -> None:
     source = Path(__file__).read_text()
-    for path in (ROOT / "configs").glob("*.yaml"):
+    for path in CONFIGS.glob("*.yaml"):
         assert path.name in source, f"add a test of {path.name}"
         header = "\n".join(line for line in path.read_text().splitlines() if line.startswith("#"))
         launch = r"torchrun.*\n(?:#.*\n)*?#   \$LAUNCH .* " if path.name == "site.yaml" else "python "
@@ -77,8 +79,11 @@ def test_every_config_is_tested_and_says_how_it_is_run() -> None:
         assert "Hardware:" in header
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
 def test_quickstart(tmp_path: Path) -> None:
-    run, printed = run_config("quickstart.yaml", tmp_path)
+    limits = ["--trainer.limit_val_batches", "2", "--trainer.limit_test_batches", "2"]
+    run, printed = run_config("quickstart.yaml", tmp_path, *limits)
     summary = run.summary()
     assert summary["rounds"] == 1
     assert summary["bytes"]["total"] > 0
@@ -98,14 +103,36 @@ def test_quickstart(tmp_path: Path) -> None:
             total += len(labels)
     assert total == 128
     assert 0 < right < total, "something was learnt, and two steps are not enough"
+    assert summary["test_accuracy"] == pytest.approx(right / total, abs=1e-7)
 
 
-def test_own_csv_files(tmp_path: Path) -> None:
-    files = write_data(tmp_path)
-    given = [part for name, path in files.items() for part in (f"--{name}", path)]
-    run, printed = run_config("text_classification.yaml", tmp_path / "runs", *given, *OWN_DATA)
+@pytest.fixture(scope="module")
+def own_csv(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, str]:
+    """A run of `text_classification.yaml` on files of the user's own, and what it printed."""
+    folder = tmp_path_factory.mktemp("own_csv")
+    given = [part for name, path in write_data(folder).items() for part in (f"--{name}", path)]
+    return run_config("text_classification.yaml", folder / "runs", *given, *OWN_DATA)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_own_csv_files(own_csv: tuple[Run, str]) -> None:
+    run, printed = own_csv
     assert run.summary()["test_accuracy"] is not None
     assert "4 labels" in printed
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_saved_settings_start_another_run(own_csv: tuple[Run, str], tmp_path: Path) -> None:
+    """`config.yaml` holds what was given, not the folder of the run that it came from."""
+    first, _ = own_csv
+    second = run_here(first.folder / "config.yaml", tmp_path)
+    assert second.folder.parent == tmp_path / "text_classification"
+    assert second.checkpoint().is_file()
+    names = ["train_loss", "val_loss", "test_loss"]
+    left, right = (pd.read_csv(run.folder / "metrics.csv")[names].max() for run in (first, second))
+    pd.testing.assert_series_equal(left, right, check_exact=True)
 
 
 @pytest.mark.parametrize("config", DATA)
@@ -113,7 +140,7 @@ def test_data_sets(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
     folder, columns, _, num_labels = DATA[config]
     write_stand_in(tmp_path / "data" / folder, columns, num_labels)
     run = run_here(
-        config, tmp_path / "runs", "--data_root", str(tmp_path / "data"), *REDUCED, "--data.num_clients", "3"
+        CONFIGS / config, tmp_path / "runs", "--data_root", str(tmp_path / "data"), *REDUCED, "--data.num_clients", "3"
     )
     printed = capsys.readouterr().out
     assert f"; {num_labels} labels\n" in printed
@@ -127,7 +154,7 @@ def test_data_sets(config: str, tmp_path: Path, capsys: pytest.CaptureFixture[st
 def test_real_data_is_what_the_config_says(config: str) -> None:
     assert DATA_ROOT is not None
     _, _, sizes, num_labels = DATA[config]
-    text = (ROOT / "configs" / config).read_text().replace("${data_root}", DATA_ROOT)
+    text = (CONFIGS / config).read_text().replace("${data_root}", DATA_ROOT)
     data = FederatedTextDataModule(**yaml.safe_load(text)["data"])
     data.load()
     found = data.split_sizes
@@ -140,7 +167,7 @@ def test_causal_lm_learns(tmp_path: Path) -> None:
     """Each round lowers the perplexity of the validation texts."""
     more = ["--trainer.max_epochs", "3", "--trainer.strategy.local_steps", "3", "--data.num_clients", "2"]
     limits = ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1", "--data.eval_batch_size", "32"]
-    run = run_here("causal_lm.yaml", tmp_path, *more, *limits)
+    run = run_here(CONFIGS / "causal_lm.yaml", tmp_path, *more, *limits)
     first, second, third = (run.metrics()[epoch]["val_perplexity"] for epoch in range(3))
     assert first < 30_522, "better than a guess among all tokens"
     assert third < second < first
@@ -148,34 +175,16 @@ def test_causal_lm_learns(tmp_path: Path) -> None:
 
 
 def test_debug(tmp_path: Path) -> None:
-    run = run_here("debug.yaml", tmp_path)
+    run = run_here(CONFIGS / "debug.yaml", tmp_path)
     assert run.summary()["rounds"] == 2
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
-def test_saved_settings_start_another_run(tmp_path: Path) -> None:
-    """`config.yaml` holds what was given, not the folder of the run that it came from."""
-    files = write_data(tmp_path)
-    given = [part for name, path in files.items() for part in (f"--{name}", path)]
-    extra = ["--trainer.strategy.init_args.layout", "single"]
-    first, _ = run_config("text_classification.yaml", tmp_path / "a", *given, *OWN_DATA, *extra)
-    command = [sys.executable, "train.py", "fit", "--config", str(first.folder / "config.yaml")]
-    done = subprocess.run(
-        [*command, "--output_dir", str(tmp_path / "b")], cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT_S
-    )
-    assert done.returncode == 0, done.stderr
-    second = find_run(tmp_path / "b", "text_classification")
-    assert second.checkpoint().is_file()
-    names = ["train_loss", "val_loss", "test_loss"]
-    left, right = (pd.read_csv(run.folder / "metrics.csv")[names].max() for run in (first, second))
-    pd.testing.assert_series_equal(left, right, check_exact=True)
-
-
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
-@pytest.mark.parametrize("config", sorted(path.name for path in (ROOT / "configs").glob("*.yaml")))
+@pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_configs_state_known_settings_only(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.main(["fit", "--config", str(ROOT / "configs" / config), "--print_config"])
+        cli.main(["fit", "--config", str(CONFIGS / config), "--print_config"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert "elsa_pl.strategies.HierarchicalStrategy" in printed

@@ -19,11 +19,11 @@ def data_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+@torch.no_grad()  # not as a block, which would be left open at each yield: of two at a time, one leaves gradients off
 def outputs(model: Any, settings: Settings, task: str) -> Iterator[tuple[dict[str, Tensor], Any]]:
     """A model's outputs on the test data."""
-    with torch.no_grad():
-        for batch in make_data(settings, task).eval_batches("test"):
-            yield batch, model.eval()(**batch)
+    for batch in make_data(settings, task).eval_batches("test"):
+        yield batch, model.eval()(**batch)
 
 
 def best_adapters(run: Run) -> dict[str, Tensor]:

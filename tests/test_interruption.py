@@ -1,6 +1,6 @@
 """Runs that are interrupted, and processes that die: what is promised then holds, and nothing is left running.
 
-The runs take seconds each, mostly for imports, so they go on side by side from the first test on; each test looks at
+The runs take seconds each, mostly for imports, so two go on side by side from the first test on; each test looks at
 its own. Every fault is shown to have struck: the process is gone, by that signal, at that moment of the run.
 """
 
@@ -21,12 +21,12 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from tests.runs import ROOT, arguments, write_data
+from tests.runs import ROOT, Forked, arguments, write_data
 
 pytestmark = pytest.mark.slow
 
 VARIABLE = "ELSA_TEST_INTERRUPTION"
-SIDE_BY_SIDE = 3
+SIDE_BY_SIDE = 2
 START_S = 60.0
 
 
@@ -80,11 +80,19 @@ def processes(mark: str) -> dict[int, str]:
 
 @dataclass
 class Interrupted:
-    """A run in processes of its own, for a test to strike at."""
+    """A run in processes of its own, for a test to strike at.
+
+    Args:
+        folder: where it writes.
+        settings: in addition to DATA.
+        pause_s: see `Signpost`.
+        forked: its first process is forked, where the test is about the others, which are started anew in any case.
+    """
 
     folder: Path
     settings: Mapping[str, object]
     pause_s: float = 0.0
+    forked: bool = False
     mark: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def __enter__(self) -> "Interrupted":
@@ -97,13 +105,18 @@ class Interrupted:
             }
         ]
         settings = {**DATA, "strategy.layout": "tiers", "trainer.callbacks": callbacks, **self.settings}
-        environment = {**os.environ, VARIABLE: self.mark, "PYTHONPATH": str(ROOT)}
-        with (self.folder / "out").open("w") as out, (self.folder / "err").open("w") as err:
+        command = arguments(self.folder / "runs", "run", settings)
+        environment = {VARIABLE: self.mark, "PYTHONPATH": str(ROOT)}
+        self.first: subprocess.Popen[bytes] | Forked
+        if self.forked:
+            self.first = Forked(command, self.folder / "first", environment, self.folder)
+            return self
+        with (self.folder / "first.out").open("w") as out, (self.folder / "first.err").open("w") as err:
             self.first = subprocess.Popen(
-                [sys.executable, str(ROOT / "train.py"), *arguments(self.folder / "runs", "run", settings)],
+                [sys.executable, str(ROOT / "train.py"), *command],
                 stdout=out,
                 stderr=err,
-                env=environment,
+                env={**os.environ, **environment},
                 cwd=self.folder,
             )
         return self
@@ -111,15 +124,16 @@ class Interrupted:
     def __exit__(self, *_: object) -> None:
         for pid in processes(self.mark):
             os.kill(pid, signal.SIGKILL)
+        self.first.kill()
         self.first.wait()
 
     @property
     def out(self) -> str:
-        return (self.folder / "out").read_text()
+        return (self.folder / "first.out").read_text()
 
     @property
     def err(self) -> str:
-        return (self.folder / "err").read_text()
+        return (self.folder / "first.err").read_text()
 
     def logs(self) -> str:
         return "".join(f"--- {path.name}\n{path.read_text()}" for path in sorted(self.folder.glob("runs/run/*/logs/*")))
@@ -186,13 +200,12 @@ def is_running(pid: int) -> bool:
 
 DATA: dict[str, str] = {}
 LONG = {"trainer.max_epochs": 500}
-SHORT = {"trainer.max_epochs": 6, "strategy.num_hosts": 2}
 
 # ---- Ctrl-C and SIGTERM at the first process -----------------------------------------------------------------------
 
 
 def interrupt(run: Interrupted, number: signal.Signals) -> None:
-    run.first.send_signal(number)
+    os.kill(run.first.pid, number)
     code = run.ends(8)
     run.leaves_nothing(2)
     # before our handlers are in place Python's own end the process, which a shell shows as the same code
@@ -231,7 +244,7 @@ def while_training(folder: Path) -> None:
             "ckpt_path": str(run.last_checkpoint()),
             "strategy.layout": "tiers",
         }
-    with Interrupted(folder / "resumed", resumed) as again:
+    with Interrupted(folder / "resumed", resumed, forked=True) as again:
         assert again.ends(START_S) == 0, again.err + again.logs()
         assert f"round {rounds + 1}/{rounds + 1}" in again.out
         assert f"round {rounds}/" not in again.out
@@ -270,31 +283,24 @@ def killed_first(folder: Path) -> None:
 # ---- other processes die ---------------------------------------------------------------------------------------------
 
 
-def goes_on_without_host(folder: Path, number: signal.Signals) -> None:
-    with Interrupted(folder, SHORT) as run:
-        run.strike("train", "host-1", number, least_round=1)
+def killed_and_terminated_hosts(folder: Path) -> None:
+    with Interrupted(folder, {"trainer.max_epochs": 9, "strategy.num_hosts": 3}, forked=True) as run:
+        run.strike("train", "host-1", signal.SIGKILL, least_round=1)
+        run.strike("train", "host-2", signal.SIGTERM, least_round=4)
         assert run.ends(START_S) == 0, run.err + run.logs()
         run.leaves_nothing(10)
-        assert not run.sign("train", "host-1", 5), "the fault came too late to matter"
-        assert "host-1" in run.err
-        assert "client-2" in run.err
-        assert "client-3" in run.err
+        assert not run.sign("train", "host-1", 4), "the fault came too late to matter"
+        assert not run.sign("train", "host-2", 8), "the fault came too late to matter"
+        for lost in ("host-1", "client-2", "host-2", "client-3"):
+            assert lost in run.err
         assert "Traceback" not in run.err
-        assert "round 6/6" in run.out
+        assert "round 9/9" in run.out
         assert "test_accuracy" in run.out
-        assert run.rounds_in_checkpoint() == 6
-
-
-def killed_host(folder: Path) -> None:
-    goes_on_without_host(folder, signal.SIGKILL)
-
-
-def terminated_host(folder: Path) -> None:
-    goes_on_without_host(folder, signal.SIGTERM)
+        assert run.rounds_in_checkpoint() == 9
 
 
 def killed_host_in_validation(folder: Path) -> None:
-    with Interrupted(folder, {**SHORT, "trainer.max_epochs": 3}, pause_s=0.3) as run:
+    with Interrupted(folder, {"trainer.max_epochs": 3, "strategy.num_hosts": 2}, pause_s=0.3, forked=True) as run:
         run.strike("validation", "host-0", signal.SIGKILL, least_round=1)
         assert run.ends(START_S) == 0, run.err + run.logs()
         run.leaves_nothing(10)
@@ -304,7 +310,7 @@ def killed_host_in_validation(folder: Path) -> None:
 
 
 def killed_only_host(folder: Path) -> None:
-    with Interrupted(folder, LONG) as run:
+    with Interrupted(folder, LONG, forked=True) as run:
         run.strike("train", "host-0", signal.SIGKILL, least_round=1)
         assert run.ends(20) == 1
         run.leaves_nothing(10)
@@ -316,7 +322,7 @@ def killed_only_host(folder: Path) -> None:
 
 def killed_edge(folder: Path) -> None:
     edges = {"strategy.layout": "full", "strategy.num_edges": 2, "strategy.edge_rounds": 2, "strategy.local_steps": 8}
-    with Interrupted(folder, {**edges, "trainer.max_epochs": 6}) as run:
+    with Interrupted(folder, {**edges, "trainer.max_epochs": 6}, forked=True) as run:
         run.strike("train", "edge-0", signal.SIGKILL, 1)
         code = run.ends(START_S)
         run.leaves_nothing(10)
@@ -336,7 +342,7 @@ def diverged(folder: Path) -> None:
         "model.warmup_fraction": 1.0,
         "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 1e38}},
     }
-    with Interrupted(folder, settings) as run:
+    with Interrupted(folder, settings, forked=True) as run:
         assert run.ends(START_S) == 1, run.err + run.logs()
         run.leaves_nothing(10)
         assert "round 1/500" in run.out
@@ -357,8 +363,7 @@ SCENARIOS: dict[str, Callable[[Path], None]] = {
         while_validating,
         while_testing,
         killed_first,
-        killed_host,
-        terminated_host,
+        killed_and_terminated_hosts,
         killed_host_in_validation,
         killed_only_host,
         killed_edge,

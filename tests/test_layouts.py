@@ -14,6 +14,7 @@ from tests.runs import (
     moved,
     run_apart,
     run_command,
+    run_forked,
     run_here,
     write_data,
 )
@@ -30,11 +31,8 @@ SETTINGS = {
     "model.warmup_fraction": 0.25,
     "data.batch_size": 4,
 }
-LAYOUTS: dict[str, Settings] = {
-    "tiers": {"strategy.layout": "tiers"},
-    "tiers, 2 hosts": {"strategy.layout": "tiers", "strategy.num_hosts": 2},
-    "full": {"strategy.layout": "full", "strategy.num_hosts": 2},
-}
+TIERS = {"strategy.layout": "tiers"}
+TWO_HOSTS = {"strategy.num_hosts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +73,25 @@ def test_the_reference_trains(single: Run, settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", ["tiers", "full"])
 def test_layouts_give_the_same_numbers(layout: str, tmp_path: Path, settings: Settings, single: Run) -> None:
-    run = run_apart(tmp_path, "run", {**settings, **LAYOUTS[layout]})
-    assert_same_run(run, single, hosts=LAYOUTS[layout].get("strategy.num_hosts", 1))
+    hosts = TWO_HOSTS if layout == "full" else {}
+    run = run_apart(tmp_path, "run", {**settings, "strategy.layout": layout, **hosts})
+    assert_same_run(run, single, hosts=len(hosts) + 1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_two_hosts_give_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+    run = run_forked(tmp_path / "runs", "run", {**settings, **TIERS, **TWO_HOSTS}, num_processes=3)
+    assert_same_run(run, single, hosts=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_torchrun_gives_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
     prefix = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    run = run_command(prefix, tmp_path, "run", {**settings, "strategy.layout": "tiers"})
+    run = run_command(prefix, tmp_path, "run", {**settings, **TIERS})
     assert_same_run(run, single)
 
 
@@ -110,7 +116,7 @@ def test_early_stopping_stops_every_process(tmp_path: Path, settings: Settings) 
         "class_path": "lightning.pytorch.callbacks.EarlyStopping",
         "init_args": {"monitor": "val_loss", "patience": 1, "min_delta": 100.0},
     }
-    settings = {**settings, "strategy.layout": "tiers", "trainer.callbacks": [stop], "trainer.max_epochs": 6}
-    run = run_apart(tmp_path, "run", settings)
+    settings = {**settings, **TIERS, "trainer.callbacks": [stop], "trainer.max_epochs": 6}
+    run = run_forked(tmp_path / "runs", "run", settings, num_processes=2)
     assert run.summary()["rounds"] == 2
     assert run.summary()["test_accuracy"] is not None

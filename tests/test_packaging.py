@@ -13,6 +13,8 @@ import pytest
 
 import elsa_pl
 
+pytestmark = pytest.mark.timeout(300)
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("callbacks", "datamodules", "rpc")
 
@@ -30,7 +32,7 @@ def source_files() -> list[Path]:
 def run_python(code: str, folder: Path) -> str:
     """Run code in a process of its own, started in a folder; return what it printed."""
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=110)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=250)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -26,9 +26,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from elsa_pl.rpc import remote
-from tests.runs import Run, run_command
+from tests.runs import Run, run_forked
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 NUM_LABELS = 4
 BATCH_SIZE = 16
@@ -292,7 +292,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
     except (PermissionError, AttributeError) as error:
         reason = f"no raw socket on the loopback interface: {error!r}"
     try:
-        run = run_command(["train.py"], folder / "runs", "run", settings)
+        run = run_forked(folder / "runs", "run", settings, num_processes=2)
     finally:
         captured = capture.stop() if capture is not None else None
     noted = Noted(**pickle.loads((folder / "host-0.pickle").read_bytes()))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runs import Run, Settings, assert_equal, moved, run_apart, run_here, write_data
+from tests.runs import Run, Settings, assert_equal, moved, run_forked, run_here, write_data
 
 SETTINGS = {
     "strategy.num_edges": 2,
@@ -73,6 +73,6 @@ def test_more_rounds_than_first_asked_for(tmp_path: Path, settings: Settings) ->
 @pytest.mark.timeout(300)
 def test_resumed_in_another_layout(tmp_path: Path, settings: Settings, whole: Run) -> None:
     """Only the cloud reads the checkpoint."""
-    layout = {"strategy.layout": "tiers"}
-    run = run_apart(tmp_path, "run", {**settings, **layout, "ckpt_path": str(whole.checkpoint(1))})
+    settings = {**settings, "strategy.layout": "tiers", "ckpt_path": str(whole.checkpoint(1))}
+    run = run_forked(tmp_path / "runs", "run", settings, num_processes=2)
     assert_equal(run.adapters(), whole.adapters())

@@ -9,17 +9,23 @@ import pandas as pd
 import pytest
 
 from elsa_pl.rpc.lifecycle import free_port
-from tests.runs import ROOT, Settings, arguments, assert_equal, find_run, run_here, write_data, write_tickets
+from tests.runs import (
+    ROOT,
+    Settings,
+    arguments,
+    assert_equal,
+    assert_success,
+    find_run,
+    fork_all,
+    run_here,
+    write_data,
+    write_tickets,
+)
 
-TIMEOUT_S = 100
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+TIMEOUT_S = 250
 LABELS = ["account", "billing", "device", "network"]
-
-
-def start_torchrun(
-    node: int, num_nodes: int, port: int, output_dir: Path, settings: Settings, command: str = "fit"
-) -> subprocess.Popen[str]:
-    """One torchrun with one process, which has the settings of `tests.runs.DEFAULTS` and these."""
-    return torchrun(node, num_nodes, port, [command, *arguments(output_dir, "run", settings)[1:]])
 
 
 def torchrun(node: int, num_nodes: int, port: int, arguments: list[str]) -> subprocess.Popen[str]:
@@ -50,14 +56,14 @@ def test_two_torchruns_give_the_same_numbers(tmp_path: Path) -> None:
     here = run_here(tmp_path / "here", "run", {**settings, "strategy.layout": "single"})
     port = free_port()
     settings = {**settings, "strategy.layout": "tiers"}
-    wait_for([start_torchrun(node, 2, port, tmp_path / "nodes", settings) for node in (0, 1)])
+    command = arguments(tmp_path / "nodes", "run", settings)
+    wait_for([torchrun(node, 2, port, command) for node in (0, 1)])
     run = find_run(tmp_path / "nodes", "run")
     assert_equal(run.adapters(), here.adapters())
     assert run.summary()["test_accuracy"] == here.summary()["test_accuracy"]
     assert run.summary()["bytes"] == here.summary()["bytes"]
 
 
-@pytest.mark.timeout(240)
 def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     """Each process names its role; data stays where it is; the cloud is not rank 0 and has no data."""
     test_file = write_tickets(tmp_path / "test.csv", 40, seed=9)
@@ -71,8 +77,8 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
         mine = {"data.train_file": train_file, "strategy.role": "host", "strategy.name": f"hospital-{index}"}
         # only one of them has test data
         sites.append({**common, **mine, **({"data.test_file": test_file} if index == 0 else {})})
-    port = free_port()
-    wait_for([start_torchrun(node, 4, port, tmp_path / "runs", settings) for node, settings in enumerate(sites)])
+    fit = [arguments(tmp_path / "runs", "run", site) for site in sites]
+    assert_success(fork_all(fit, tmp_path / "fit"))
     run = find_run(tmp_path / "runs", "run")
     summary = run.summary()
     assert summary["rounds"] == 2
@@ -81,12 +87,13 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     assert summary["test_merged_accuracy"] is None, "no site holds the whole model"
     assert pd.read_csv(run.folder / "metrics.csv")["train_loss"].notna().sum() == 2
     # each host predicts the rows of its own file, beside its own name; only the cloud (index 1) has the checkpoint
-    port, predicted = free_port(), tmp_path / "predicted"
+    predicted = tmp_path / "predicted"
     sites = [
         {**site, "data.test_file": test_file, "ckpt_path": str(run.checkpoint()) if index == 1 else "of_the_cloud.ckpt"}
         for index, site in enumerate(sites)
     ]
-    wait_for([start_torchrun(node, 4, port, predicted, settings, "predict") for node, settings in enumerate(sites)])
+    predict = [["predict", *arguments(predicted, "run", site)[1:]] for site in sites]
+    assert_success(fork_all(predict, tmp_path / "predict"))
     files = list(predicted.glob("run/*-predict/*/predictions.csv"))
     assert {file.parent.name for file in files} == {"hospital-0", "hospital-1"}
     assert [len(pd.read_csv(file)) for file in files] == [40, 40]

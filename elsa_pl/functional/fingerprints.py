@@ -14,6 +14,9 @@ from torch import Tensor
 
 _LEAST_PROBABILITY: Final = 1e-6
 
+MAX_CONTRASTS: Final = 32
+"""Numbers that stand for the log-probabilities of a probe, at most."""
+
 
 def principal_directions(states: Tensor, width: int) -> Tensor:
     r"""The directions in which the base model's probe representations vary most: one projection for all clients.
@@ -64,7 +67,7 @@ def behaviour_change(
     base_predictions: Tensor,
     directions: Tensor,
     *,
-    max_contrasts: int = 32,
+    max_contrasts: int = MAX_CONTRASTS,
 ) -> Tensor:
     r"""What training changed in a client's model, probe by probe: representations and log-probabilities.
 
@@ -128,7 +131,7 @@ def behaviour_change(
     return torch.cat([(logs - base_logs) @ contrasts, moved], 1).to(states.dtype)
 
 
-def fingerprint(states: Tensor, directions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def fingerprint(states: Tensor, directions: Tensor | None = None, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     r"""Mean and covariance of a client's probe representations in the shared directions.
 
     .. math::
@@ -143,13 +146,15 @@ def fingerprint(states: Tensor, directions: Tensor | None = None) -> tuple[Tenso
         states: representations of the probes by the client's model, or features from `behaviour_change`. [Q, D]
         directions: from `principal_directions` of the base model, the same for all clients. [D, M] None takes the
             states as they are, M = D.
+        floor: variance added in every direction, at least 0. With it, a client whose features are all the same, as
+            those of a model that has not changed, has a fingerprint too.
 
     Returns:
         Mean [M] and covariance [M, M], both in double precision.
 
     Raises:
         ValueError: states that are no finite matrix, directions of another width, not more probes than directions, or
-            probe representations that are all the same.
+            probe representations that are all the same without a floor.
 
     Source:
         ELSA, arXiv 2601.13824, clusters clients by Gaussians over probe representations, without shrinkage.
@@ -173,9 +178,9 @@ def fingerprint(states: Tensor, directions: Tensor | None = None) -> tuple[Tenso
     _require_enough_probes(*projected.shape)
     covariance, _ = ledoit_wolf(projected.cpu().numpy())
     shrunk = torch.from_numpy(covariance).to(states.device)
-    if shrunk.trace() <= 0:
+    if shrunk.trace() + floor <= 0:
         raise ValueError("expected probe representations that differ; got the same for every probe: give other probes")
-    return projected.mean(0), shrunk
+    return projected.mean(0), shrunk + floor * torch.eye(len(shrunk), dtype=shrunk.dtype, device=shrunk.device)
 
 
 def _contrasts(num_classes: int, most: int) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-FULL_TRUST: Final = 0.5
+FULL_TRUST: Final = 0.75
 """A client at this share of the median or above it is fully trusted: honest clients with rare data lie lower, too."""
 
 _LEAST_WEIGHT: Final = 0.05
@@ -51,7 +51,7 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     return ((kl_p + kl_q).sum(-1) / 2).clamp(0, math.log(2))
 
 
-def consistency(predictions: Tensor, clusters: Tensor, trust: Tensor) -> Tensor:
+def consistency(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> Tensor:
     r"""Correlation of each client's predictions with the answer that the others agree on.
 
     Clients with unlike data differ most in how often they predict each class, which says nothing about their honesty.
@@ -63,12 +63,13 @@ def consistency(predictions: Tensor, clusters: Tensor, trust: Tensor) -> Tensor:
         c_n = \operatorname{corr}\bigl(p_{nqc} - \bar p_{n \cdot c},\; a_{nqc} - \bar a_{n \cdot c}\bigr)
 
     with :math:`\ell` the log-probabilities, centred over the classes, bars for means over the probes, and :math:`m_n`
-    the mean of the votes of all others, weighted by trust. Those of the client's own cluster weigh twice as much, and
-    not more: faulty clients that cluster together must not vouch for each other.
+    the mean of the votes of all others, weighted by trust. Where clusters are given, clients of the same one weigh
+    twice as much, and not more: faulty clients that cluster together must not vouch for each other.
 
     Args:
         predictions: probabilities. [N, Q, C]
-        clusters: the cluster of each client, any integers. [N]
+        clusters: the cluster of each client, any integers. [N] None counts all alike, which separated flipped labels
+            at least as well wherever both were tried.
         trust: of the round before, in [0, 1]; ones in the first round. [N]
 
     Returns:
@@ -86,7 +87,7 @@ def consistency(predictions: Tensor, clusters: Tensor, trust: Tensor) -> Tensor:
     Example:
         >>> right = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
         >>> predictions = torch.stack([right, right, right, right.flip(1)])
-        >>> consistency(predictions, torch.zeros(4), torch.ones(4)) > 0
+        >>> consistency(predictions, None, torch.ones(4)) > 0
         tensor([ True,  True,  True, False])
     """
     _require_predictions(predictions, clusters, trust)
@@ -102,7 +103,7 @@ def consistency(predictions: Tensor, clusters: Tensor, trust: Tensor) -> Tensor:
     return _correlation(predictions - predictions.mean(1, keepdim=True), answers - answers.mean(1, keepdim=True))
 
 
-def divergence_consistency(predictions: Tensor, clusters: Tensor, trust: Tensor) -> Tensor:
+def divergence_consistency(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> Tensor:
     r"""Closeness of each client's predictions to the mean prediction of the others, for comparison.
 
     .. math:: c_n = 1 - \frac{1}{Q \ln 2} \sum_q \mathrm{JSD}(p_{nq}, \bar p_{nq})
@@ -111,7 +112,7 @@ def divergence_consistency(predictions: Tensor, clusters: Tensor, trust: Tensor)
 
     Args:
         predictions: probabilities. [N, Q, C]
-        clusters: the cluster of each client, any integers. [N]
+        clusters: the cluster of each client, any integers. [N] None counts all alike.
         trust: of the round before, in [0, 1]. [N]
 
     Returns:
@@ -193,7 +194,7 @@ def trust_scores(*views: Tensor) -> Tensor:
 
     Example:
         >>> trust_scores(torch.tensor([0.4, 0.5, 0.3, 0.1, -0.2]))
-        tensor([1.0000, 1.0000, 1.0000, 0.6667, 0.0000])
+        tensor([1.0000, 1.0000, 1.0000, 0.4444, 0.0000])
     """
     if not views or any(view.ndim != 1 or view.shape != views[0].shape or not len(view) for view in views):
         raise ValueError(f"expected one or more views of shape [N]; got {[list(view.shape) for view in views]}")
@@ -229,10 +230,11 @@ def smooth(before: float | None, score: float, smoothing: float) -> float:
 _NO_AGREEMENT: Final = 1e-6
 
 
-def _weights_of_others(clusters: Tensor, trust: Tensor) -> Tensor:
+def _weights_of_others(clusters: Tensor | None, trust: Tensor) -> Tensor:
     """Weight of client k in the consensus for client n: rows sum to 1, zero diagonal [N, N]."""
     weights = trust.double().clamp_min(_LEAST_WEIGHT).repeat(len(trust), 1).fill_diagonal_(0)
-    weights = weights * torch.where(clusters[:, None] == clusters[None, :], _WEIGHT_OF_MATES, 1.0)
+    if clusters is not None:
+        weights = weights * torch.where(clusters[:, None] == clusters[None, :], _WEIGHT_OF_MATES, 1.0)
     return weights / weights.sum(1, keepdim=True)
 
 
@@ -244,12 +246,13 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1).clamp(-1, 1).float()
 
 
-def _require_predictions(predictions: Tensor, clusters: Tensor, trust: Tensor) -> None:
+def _require_predictions(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> None:
     count = len(predictions) if predictions.ndim else 0
-    if predictions.ndim != 3 or not predictions.numel() or clusters.shape != (count,) or trust.shape != (count,):
+    each = [trust] if clusters is None else [clusters, trust]
+    if predictions.ndim != 3 or not predictions.numel() or any(other.shape != (count,) for other in each):
         raise ValueError(
             "expected predictions [N, Q, C], clusters [N] and trust [N] for at least one client and probe; got "
-            f"{list(predictions.shape)}, {list(clusters.shape)} and {list(trust.shape)}"
+            f"{list(predictions.shape)} and {[list(other.shape) for other in each]}"
         )
     _require_finite(predictions.flatten(1), "predictions")
     if predictions.min() < 0 or predictions.max() > 1 + 1e-3:

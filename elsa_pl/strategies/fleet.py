@@ -26,6 +26,8 @@ from elsa_pl.strategies.topology import Topology
 from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.probes import ProbeDesk
 
+_PROBES_TOGETHER = 16  # in order of length, so that little is spent on padding
+
 
 @dataclass(frozen=True)
 class ComputePlaces:
@@ -177,7 +179,8 @@ class Fleet:
         rounds.move(topology)
         if rounds.edges and self._probes is None and asks(self._trainer, "on_clients_probed"):
             self._probes = ProbeDesk(
-                module.replicas_for_probes(self._places.edge_device), module.trainer.datamodule.probe_batches()
+                module.replicas_for_probes(self._places.edge_device),
+                module.trainer.datamodule.probe_batches(_PROBES_TOGETHER),
             )
         module.forget_base_model()
 
@@ -213,9 +216,14 @@ class Fleet:
         probed = {}
         if self._probes is not None:
             found = self._probes.evaluate({update.sender: update.adapters for update in updates})
-            given = self._module.global_adapters()
+            # without the head, whose updates differ most between honest clients with different labels
+            given = {name: value for name, value in self._module.global_adapters().items() if ".lora_" in name}
             probed = {
-                update.sender: (*found[update.sender], hashed_update(given, update.adapters)) for update in updates
+                update.sender: (
+                    *found[update.sender],
+                    hashed_update(given, {name: update.adapters[name] for name in given}),
+                )
+                for update in updates
             }
         for hook in due:
             hook(trainer, probed)

@@ -385,7 +385,7 @@ class HierarchicalStrategy(ParallelStrategy):
         if asks(trainer, "on_clients_probed"):
             num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches())
             for check in hooks(trainer, "check_probes"):
-                check(num_probes)
+                check(num_probes, data.num_labels or 2)  # see ProbeModel for those of a language model
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
         self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
         decide(trainer, Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients}))

@@ -175,3 +175,12 @@ def test_fingerprint_of_features_as_they_are() -> None:
     assert all(torch.equal(a, b) for a, b in zip(taken, projected, strict=True))
     with pytest.raises(ValueError, match="at least 7; got 6"):
         fingerprint(features[:6])
+
+
+def test_a_floor_gives_unchanged_models_a_fingerprint() -> None:
+    mean, covariance = fingerprint(torch.zeros(8, 3), floor=1e-6)
+    assert not mean.any()
+    torch.testing.assert_close(covariance, 1e-6 * torch.eye(3, dtype=torch.float64))
+    states = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    with_floor, without = (fingerprint(states, floor=floor)[1] for floor in (0.5, 0.0))
+    torch.testing.assert_close(with_floor - without, 0.5 * torch.eye(3, dtype=torch.float64))

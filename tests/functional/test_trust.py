@@ -185,6 +185,12 @@ def test_a_client_that_says_nothing() -> None:
     assert trust_scores(view)[2] == 0
 
 
+def test_no_clusters_count_all_alike() -> None:
+    predictions, _, trust = draw(6, 8, 3)
+    for view in (consistency, divergence_consistency):
+        torch.testing.assert_close(view(predictions, None, trust), view(predictions, torch.zeros(6), trust))
+
+
 def test_nobody_trusted_before() -> None:
     predictions, clusters, _ = draw(6, 8, 3)
     for view in (consistency, divergence_consistency):
@@ -202,7 +208,7 @@ def test_certain_predictions_stay_finite() -> None:
 
 def test_the_less_favourable_view_counts() -> None:
     first, second = torch.tensor([0.4, 0.4, 0.1, 0.4]), torch.tensor([0.8, -0.5, 0.8, 0.8])
-    assert trust_scores(first, second).tolist() == pytest.approx([1, 0, 0.5, 1])
+    assert trust_scores(first, second).tolist() == pytest.approx([1, 0, 0.1 / (0.75 * 0.4), 1])
     assert torch.equal(trust_scores(first, second), torch.minimum(trust_scores(first), trust_scores(second)))
 
 

@@ -136,10 +136,10 @@ def test_timeout() -> None:
 
 def test_answers_later_hold_no_thread() -> None:
     """More calls wait than the peer has threads, and it still answers others."""
-    waiting = [remote.start_call("there", "desk", "later", 1.0, timeout_s=20, answers_later=True) for _ in range(16)]
+    waiting = [remote.start_call("there", "desk", "later", 2.0, timeout_s=20, answers_later=True) for _ in range(16)]
     begun = time.monotonic()
     assert call("double", 1) == 2
-    assert time.monotonic() - begun < 0.9, "it had to wait for a thread"
+    assert time.monotonic() - begun < 1.8, "it had to wait for a thread"
     assert all(pending.wait() for pending in waiting)
 
 

@@ -25,13 +25,14 @@ def test_order_of_results() -> None:
 
 
 def test_so_many_at_a_time() -> None:
-    crew, lock = Crew(3), threading.Lock()
+    crew, lock, three = Crew(3), threading.Lock(), threading.Barrier(3)
     counts = {"now": 0, "most": 0}
 
     def work(_: int) -> None:
         with lock:
             counts["now"] += 1
             counts["most"] = max(counts["most"], counts["now"])
+        three.wait(20)
         time.sleep(0.05)
         with lock:
             counts["now"] -= 1
