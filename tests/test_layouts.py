@@ -32,7 +32,6 @@ SETTINGS = {
     "data.batch_size": 4,
 }
 TIERS = {"strategy.layout": "tiers"}
-TWO_HOSTS = {"strategy.num_hosts": 2}
 
 
 @pytest.fixture(scope="module")
@@ -73,18 +72,17 @@ def test_the_reference_trains(single: Run, settings: Settings) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("layout", ["tiers", "full"])
-def test_layouts_give_the_same_numbers(layout: str, tmp_path: Path, settings: Settings, single: Run) -> None:
-    hosts = TWO_HOSTS if layout == "full" else {}
-    run = run_apart(tmp_path, "run", {**settings, "strategy.layout": layout, **hosts})
-    assert_same_run(run, single, hosts=len(hosts) + 1)
+def test_our_launcher_gives_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+    run = run_apart(tmp_path, "run", {**settings, "strategy.layout": "full", "strategy.num_hosts": 2})
+    assert_same_run(run, single, hosts=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_two_hosts_give_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
-    run = run_forked(tmp_path / "runs", "run", {**settings, **TIERS, **TWO_HOSTS}, num_processes=3)
-    assert_same_run(run, single, hosts=2)
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_tiers_give_the_same_numbers(hosts: int, tmp_path: Path, settings: Settings, single: Run) -> None:
+    settings = {**settings, **TIERS, "strategy.num_hosts": hosts}
+    assert_same_run(run_forked(tmp_path / "runs", "run", settings, 1 + hosts), single, hosts=hosts)
 
 
 @pytest.mark.slow

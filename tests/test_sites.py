@@ -65,9 +65,22 @@ def test_two_torchruns_give_the_same_numbers(tmp_path: Path) -> None:
 
 
 def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
-    """Each process names its role; data stays where it is; the cloud is not rank 0 and has no data."""
+    """Each process names its role; data stays where it is; the cloud is not rank 0 and has no data.
+
+    The edge judges the sites on a file of probes, and the links between them are measured.
+    """
     test_file = write_tickets(tmp_path / "test.csv", 40, seed=9)
-    common = {"strategy.layout": "site", "data.labels": LABELS, "data.train_file": str(tmp_path / "none.csv")}
+    write_tickets(tmp_path / "tickets.csv", 24, seed=8)
+    pd.read_csv(tmp_path / "tickets.csv")[["text"]].to_csv(tmp_path / "probes.csv", index=False)
+    names = ("BehaviorClustering", "TrustScoring", "LatencyAwareAssignment", "ResourceAwareSplitting")
+    common = {
+        "strategy.layout": "site",
+        "data.labels": LABELS,
+        "data.train_file": str(tmp_path / "none.csv"),
+        "data.probe_file": str(tmp_path / "probes.csv"),
+        "profile": {"distribution": "uniform"},
+        "trainer.callbacks": [{"class_path": name} for name in names],
+    }
     sites: list[Settings] = [
         {**common, "strategy.role": "edge", "strategy.name": "edge-north"},
         {**common, "strategy.role": "cloud"},
@@ -85,7 +98,10 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     assert 0 <= summary["test_accuracy"] <= 1
     assert summary["test_accuracy"] * 40 == pytest.approx(round(summary["test_accuracy"] * 40), abs=1e-4)
     assert summary["test_merged_accuracy"] is None, "no site holds the whole model"
-    assert pd.read_csv(run.folder / "metrics.csv")["train_loss"].notna().sum() == 2
+    metrics = pd.read_csv(run.folder / "metrics.csv")
+    assert metrics["train_loss"].notna().sum() == 2
+    assert (metrics["simulated/round_s"].dropna() > 0).sum() == 2
+    assert {"trust/hospital-0", "trust/hospital-1"} <= set(metrics.columns)
     # each host predicts the rows of its own file, beside its own name; only the cloud (index 1) has the checkpoint
     predicted = tmp_path / "predicted"
     sites = [
