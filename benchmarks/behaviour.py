@@ -1,6 +1,6 @@
 """Does behaviour show who belongs together, and who is not to be trusted?
 
-    python -m benchmarks.behaviour groups --data_root DATA_ROOT [--data_sets trec banking77]
+    python -m benchmarks.behaviour groups --data_root DATA_ROOT [--kinds groups sources]
     python -m benchmarks.behaviour trust --data_root DATA_ROOT [--rounds 3] [--ways trust]
 
 ``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
@@ -107,10 +107,10 @@ def all_of(jobs: Sequence[tuple[str, Settings]], output: Path) -> dict[str, Path
         return dict(zip((name for name, _ in jobs), folders, strict=True))
 
 
-def groups(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
+def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Sequence[str]) -> None:
     """Print adjusted Rand indices, one row for each kind of groups."""
     jobs, truths = [], {}
-    for data_set, partition, faulty, seed in itertools.product(data_sets, ("groups", "sources"), (0, 2), SEEDS):
+    for data_set, partition, faulty, seed in itertools.product(data_sets, kinds, (0, 2), SEEDS):
         name = f"{data_set}-{partition}-{faulty}-{seed}"
         more: dict[str, Any] = {"partition": partition, "num_groups": NUM_GROUPS}
         if faulty:
@@ -128,7 +128,7 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str]) -> None:
     columns = ("given", "found", "cosine", "centred")
     titles = ("fingerprints", "number found", "cosine of updates", "centred cosine")
     print(f"{'groups differ in':<34}" + "".join(f"{title:>24}" for title in titles))
-    for data_set, partition, faulty in itertools.product(data_sets, ("groups", "sources"), (0, 2)):
+    for data_set, partition, faulty in itertools.product(data_sets, kinds, (0, 2)):
         row: dict[str, list[float]] = {column: [] for column in columns}
         for seed in SEEDS:
             name = f"{data_set}-{partition}-{faulty}-{seed}"
@@ -214,13 +214,15 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True, help="folder of trec/ and banking77/")
     parser.add_argument("--data_sets", nargs="+", default=["trec", "banking77"])
     parser.add_argument("--output", type=Path, default=Path("runs/behaviour"), help="where the runs go")
+    kinds = ["groups", "sources"]
+    parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds, help="of planted groups")
     parser.add_argument("--rounds", type=int, default=3, help="of the runs for trust")
     parser.add_argument("--ways", nargs="+", default=["trust"], choices=WAYS, help="to merge updates")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     output = args.output.resolve()
     if args.experiment == "groups":
-        groups(args.data_root.resolve(), output, args.data_sets)
+        groups(args.data_root.resolve(), output, args.data_sets, args.kinds)
     else:
         trust(args.data_root.resolve(), output, args.data_sets, args.rounds, args.ways)
 

@@ -14,6 +14,7 @@ from elsa_pl.callbacks.clustering import BehaviorClustering
 from elsa_pl.callbacks.probing import companion
 from elsa_pl.callbacks.trust import TrustScoring
 from elsa_pl.functional.assignment import assign, assignment_costs
+from elsa_pl.functional.seeding import derive_seed
 
 # Shapes: N clients, E edges.
 
@@ -56,6 +57,7 @@ class LatencyAwareAssignment(Callback):
         self._latency_weight, self._behaviour_weight = latency_weight, behaviour_weight
         self._capacity, self._pictures = capacity, pictures
         self._assignment: dict[str, str] | None = None
+        self._decided_for: int | None = None
         self._decided_after = 0  # the round of the comparison that the assignment follows
         self._shown: tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -63,9 +65,13 @@ class LatencyAwareAssignment(Callback):
         """The assignment for the next round: a new one after each comparison of the clients, else the one there is."""
         clustering = companion(trainer, BehaviorClustering)
         compared = 0 if clustering is None or clustering.divergences is None else clustering.round
-        if self._assignment is None or compared > self._decided_after:
+        strategy: Any = trainer.strategy
+        # of a resumed run too: with other clients, edges or weights, the assignment of before does not hold
+        settings = (sorted(assignment), strategy.network, self._latency_weight, self._behaviour_weight, self._capacity)
+        decided_for = derive_seed(repr(settings))
+        if self._assignment is None or compared > self._decided_after or decided_for != self._decided_for:
             self._assignment = self._assign(trainer, list(assignment), clustering if compared else None)
-            self._decided_after = compared
+            self._decided_after, self._decided_for = compared, decided_for
         return self._assignment
 
     def _assign(
@@ -128,10 +134,15 @@ class LatencyAwareAssignment(Callback):
         pictures.save(figure, Path(trainer.default_root_dir) / "assignment.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"assignment": self._assignment, "decided_after": self._decided_after}
+        return {
+            "assignment": self._assignment,
+            "decided_after": self._decided_after,
+            "decided_for": self._decided_for,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._assignment, self._decided_after = state_dict["assignment"], state_dict["decided_after"]
+        self._decided_for = state_dict["decided_for"]
 
 
 def _matrix(clustering: BehaviorClustering, clients: list[str]) -> Tensor:

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from elsa_pl.functional.plans import choose_plans
+from elsa_pl.functional.seeding import derive_seed
 
 Numbers = tuple[int, int, int]
 
@@ -33,15 +34,19 @@ class ResourceAwareSplitting(Callback):
         if min_front < 1 or min_tail < 1:
             raise ValueError(f"min_front and min_tail must be at least 1; got {min_front} and {min_tail}")
         self._min_front, self._min_tail = min_front, min_tail
-        self._assignment: dict[str, str] = {}
+        self._decided_for: int | None = None
         self._plans: dict[str, Numbers] = {}
 
     def on_plan_clients(
         self, trainer: "pl.Trainer", plans: Mapping[str, Numbers], assignment: Mapping[str, str]
     ) -> dict[str, Numbers]:
         """The plans for the next round: new ones when the assignment is new, else those there are."""
-        if assignment != self._assignment:
-            strategy: Any = trainer.strategy
+        strategy: Any = trainer.strategy
+        # of a resumed run too: with other devices, texts or floors, the plans of before do not hold
+        decided_for = derive_seed(
+            repr((assignment, self._min_front, self._min_tail, strategy.workload, strategy.network))
+        )
+        if decided_for != self._decided_for:
             if strategy.network is None:
                 raise ValueError(
                     "ResourceAwareSplitting needs devices and links, got no profile: set profile.distribution, such as"
@@ -50,12 +55,12 @@ class ResourceAwareSplitting(Callback):
             chosen = choose_plans(
                 strategy.workload, strategy.network, assignment, min_front=self._min_front, min_tail=self._min_tail
             )
-            self._assignment = dict(assignment)
+            self._decided_for = decided_for
             self._plans = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
         return self._plans
 
     def state_dict(self) -> dict[str, Any]:
-        return {"assignment": self._assignment, "plans": self._plans}
+        return {"decided_for": self._decided_for, "plans": self._plans}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._assignment, self._plans = dict(state_dict["assignment"]), dict(state_dict["plans"])
+        self._decided_for, self._plans = state_dict["decided_for"], dict(state_dict["plans"])

@@ -117,6 +117,12 @@ class ElsaCLI(LightningCLI):
         for parser in self._subcommand_parsers.values():
             parser.prog = parser.prog.replace(" [options]", "")
 
+    def _prepare_subcommand_parser(self, klass: Any, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """Describe the settings of the given command only: the hundreds of all four take a second and a half."""
+        if launcher.arguments is None or subcommand in launcher.arguments:
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
+
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)
         config = self.config[self.config.subcommand]
@@ -209,6 +215,8 @@ class ElsaCLI(LightningCLI):
         if path is not None and strategy.keeps_checkpoints and self._checkpoint is None:
             raise ConfigurationError(f"ckpt_path must be a checkpoint file; there is none at {str(path)!r}")
         refuse_unsupported(self.trainer)
+        if not site and "RANK" not in os.environ:
+            strategy.start_processes()
         if strategy.holds_data:
             data.load(strategy.own_client)
             self._check_rows()

@@ -128,7 +128,11 @@ class Fleet:
             plans = {client: self._module.plan_of(client) for client in topology.clients}
             placement = Placement(topology.assignment, plans)
         if asks(trainer, "on_assign_clients", "on_plan_clients"):
-            decided = decide(trainer, placement).plain() if self._world.role == "cloud" else None
+            # an edge that is gone would get clients again, which would be lost with it: then all stay where they are
+            gone = self._world.board.lost & set(topology.edges)
+            decided = None
+            if self._world.role == "cloud":
+                decided = (placement if gone else decide(trainer, placement)).plain()
             placement = Placement.of(cast(Plain, trainer.strategy.broadcast(decided)))
         self._placed_before = self._placement
         if placement != self._placement:
@@ -204,7 +208,7 @@ class Fleet:
 
         A callback takes part by having ``on_clients_probed(trainer, probed)``, which is called in every process, and
         ``probes_due(trainer)``; ``probed`` has states and predictions (see `elsa_pl.tiers.probes`) and the hashed
-        update since the last published adapters, of the clients of this process' edges.
+        update since the adapters that it was given, of the clients of this process' edges.
 
         Args:
             updates: what the edges of this process received in this global round.
@@ -213,18 +217,16 @@ class Fleet:
         due = [hook for hook in hooks(trainer, "on_clients_probed") if cast(Any, hook).__self__.probes_due(trainer)]
         if not due:
             return
-        probed = {}
+        probed: dict[str, tuple[Tensor, ...]] = {}
         if self._probes is not None:
             found = self._probes.evaluate({update.sender: update.adapters for update in updates})
-            # without the head, whose updates differ most between honest clients with different labels
-            given = {name: value for name, value in self._module.global_adapters().items() if ".lora_" in name}
-            probed = {
-                update.sender: (
-                    *found[update.sender],
-                    hashed_update(given, {name: update.adapters[name] for name in given}),
-                )
-                for update in updates
-            }
+            for update in updates:
+                edge = self._rounds.edges[self.placement.assignment[update.sender]]
+                given = edge.given(trainer.current_epoch) or self._module.global_adapters()
+                # without the head, whose updates differ most between honest clients with different labels
+                names = [name for name in given if ".lora_" in name]
+                before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
+                probed[update.sender] = (*found[update.sender], hashed_update(before, after))
         for hook in due:
             hook(trainer, probed)
 

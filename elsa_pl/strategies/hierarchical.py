@@ -144,6 +144,7 @@ class HierarchicalStrategy(ParallelStrategy):
         self.log_dir = Path("runs")
         self._world: World | None = None
         self._rounds: Rounds | None = None
+        self._launched: Address | None = None
         self._fleet: Fleet | None = None
         self._tried: Tried | None = None
         self._processes: Processes | None = None
@@ -163,7 +164,7 @@ class HierarchicalStrategy(ParallelStrategy):
         if self._world is not None:
             return
         torch.set_num_threads(self._threads)
-        address = address_from_environment() or self._launch()
+        address = address_from_environment() or self._launched or self.start_processes()
         name, role = self._own_place(address)
         world = World(name, role, call_timeout_s=self.call_timeout_s, round_timeout_s=self.round_timeout_s)
         if self._processes is not None:
@@ -181,13 +182,15 @@ class HierarchicalStrategy(ParallelStrategy):
         cast(RoleEnvironment, self.cluster_environment).place(world.rank, len(world.members))
         rank_zero_only.rank = world.rank  # type: ignore[attr-defined]  # Lightning sets it in the same way
 
-    def _launch(self) -> Address:
+    def start_processes(self) -> Address:
+        """Start the layout's further processes; imports take them seconds, in which this one can check the settings."""
         names = [name for name, _ in self._layout_processes()]
         port = self._port or lifecycle.free_port()
         if len(names) > 1:
             self._processes = Processes(self.log_dir / "logs")
             self._processes.start(names[1:], port, self._threads)
-        return Address("127.0.0.1", port, 0, len(names))
+        self._launched = Address("127.0.0.1", port, 0, len(names))
+        return self._launched
 
     def _layout_processes(self) -> list[tuple[str, Role]]:
         if self.layout == "site":
@@ -254,7 +257,9 @@ class HierarchicalStrategy(ParallelStrategy):
             remote.withdraw(progress.SERVICE)
         if self._world is not None:
             self._world.leave(success=success)
-        if self._processes is not None:
+        if self._processes is not None and self._world is None:
+            self._processes.undo()
+        elif self._processes is not None:
             self._processes.end(patience_s=10.0 if success else 3.0)
 
     # ---- what Lightning asks of a strategy -------------------------------------------------------------------
@@ -536,9 +541,16 @@ class HierarchicalStrategy(ParallelStrategy):
         """
         for hook in hooks(self._module.trainer, "on_before_aggregate"):
             updates = hook(self._module.trainer, scope, updates)
-        updates = [update for update in updates if update.weight > 0]
+        bad = [update.sender for update in updates if not _is_finite(update)]
+        if bad:
+            log.warning("%s left out %s: adapters that are not finite", scope, ", ".join(bad))
+        updates = [update for update in updates if update.weight > 0 and update.sender not in bad]
         if not updates:
             return None
         weights = [update.weight for update in updates]
         merged = AGGREGATORS[self.aggregator]([update.adapters for update in updates], weights)
         return Update(scope, sum(weights), merged)
+
+
+def _is_finite(update: Update) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in update.adapters.values())

@@ -35,6 +35,7 @@ class Processes:
 
     def __init__(self, log_dir: Path) -> None:
         self.log_dir = log_dir
+        self._new_folders: list[Path] = []
         self._children: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self, names: Sequence[str], port: int, num_threads: int) -> None:
@@ -48,6 +49,7 @@ class Processes:
                 "this layout starts further processes by running the elsa_pl command again, but this run did not come"
                 " from it: use elsa_pl.cli.main, start the processes with torchrun, or choose layout 'single'"
             )
+        self._new_folders = [folder for folder in (self.log_dir, *self.log_dir.parents) if not folder.exists()]
         self.log_dir.mkdir(parents=True, exist_ok=True)
         root = str(Path(elsa_pl.__file__).parent.parent)
         for rank, name in enumerate(names, start=1):
@@ -87,6 +89,15 @@ class Processes:
         path = self.log_dir / f"{name}.log"
         text = path.read_text(errors="replace").splitlines()[-lines:]
         return "\n".join([f"--- {path}", *text])
+
+    def undo(self) -> None:
+        """End the children at once, before they have met anybody, and leave nothing of them behind."""
+        self.end(patience_s=0.0)
+        for name in self._children:
+            (self.log_dir / f"{name}.log").unlink()
+        for folder in self._new_folders:
+            if not any(folder.iterdir()):
+                folder.rmdir()
 
     def end(self, patience_s: float) -> None:
         """Wait ``patience_s`` for the children to end by themselves, then terminate and at last kill them."""
