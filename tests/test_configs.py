@@ -184,6 +184,19 @@ def test_debug(tmp_path: Path) -> None:
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_fleet(tmp_path: Path) -> None:
+    few = ["--data.num_clients", "4", "--trainer.strategy.init_args.edge_rounds", "1"]
+    limits = ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
+    run = run_here(CONFIGS / "fleet.yaml", tmp_path, *REDUCED, *few, *limits)
+    assert {"divergences.png", "clients.png", "trust.png", "assignment.png"} <= {
+        path.name for path in run.folder.iterdir()
+    }
+    assert {f"trust/client-{index}" for index in range(4)} <= run.metrics()[0].keys()
+    assert run.metrics()[0]["simulated/time_s"] > 0
+
+
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")
 @pytest.mark.parametrize("config", sorted(path.name for path in CONFIGS.glob("*.yaml")))
 def test_configs_state_known_settings_only(config: str, capsys: pytest.CaptureFixture[str]) -> None:

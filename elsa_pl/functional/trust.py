@@ -14,7 +14,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-FULL_TRUST: Final = 0.75
+FULL_TRUST: Final = 0.5
 """A client at this share of the median or above it is fully trusted: honest clients with rare data lie lower, too."""
 
 _LEAST_WEIGHT: Final = 0.05
@@ -194,7 +194,7 @@ def trust_scores(*views: Tensor) -> Tensor:
 
     Example:
         >>> trust_scores(torch.tensor([0.4, 0.5, 0.3, 0.1, -0.2]))
-        tensor([1.0000, 1.0000, 1.0000, 0.4444, 0.0000])
+        tensor([1.0000, 1.0000, 1.0000, 0.6667, 0.0000])
     """
     if not views or any(view.ndim != 1 or view.shape != views[0].shape or not len(view) for view in views):
         raise ValueError(f"expected one or more views of shape [N]; got {[list(view.shape) for view in views]}")

@@ -208,7 +208,7 @@ def test_certain_predictions_stay_finite() -> None:
 
 def test_the_less_favourable_view_counts() -> None:
     first, second = torch.tensor([0.4, 0.4, 0.1, 0.4]), torch.tensor([0.8, -0.5, 0.8, 0.8])
-    assert trust_scores(first, second).tolist() == pytest.approx([1, 0, 0.1 / (0.75 * 0.4), 1])
+    assert trust_scores(first, second).tolist() == pytest.approx([1, 0, 0.1 / (0.5 * 0.4), 1])
     assert torch.equal(trust_scores(first, second), torch.minimum(trust_scores(first), trust_scores(second)))
 
 
