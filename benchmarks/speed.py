@@ -129,7 +129,8 @@ def main() -> None:
                 print(
                     f"{repeat + 1}/{args.repeats}  {mode:<16} {bench.tokens_per_s[mode][-1]:7.0f} tokens/s", flush=True
                 )
-        bench.tiers(num_clients=20, micro_batches=MICRO_BATCHES)
+            bench.tiers(num_clients=20, micro_batches=MICRO_BATCHES)
+            print(f"{repeat + 1}/{args.repeats}  {'tiers_20_clients':<16} {bench.peak_mb[20][-1]:7.0f} MB", flush=True)
     result = {mode: round(statistics.median(bench.tokens_per_s[mode]), 1) for mode in MODES}
     small, large = (statistics.median(bench.peak_mb[count]) for count in (1, 20))
     result |= {"rss_1_client_mb": round(small), "rss_20_clients_mb": round(large)}

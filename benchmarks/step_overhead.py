@@ -4,9 +4,10 @@
 
 Both do the same batches with the same optimizer in one process with one intra-operator thread; what the split run
 needs beyond the uncut one is Lightning, RPC to itself, remote autograd, two optimizers more, and aggregation.
-Repeats alternate between the two, since timings on a shared machine drift.
+The split rounds come first and the uncut ones after them, and a figure is the median of the repeats.
 """
 
+import logging
 import statistics
 import tempfile
 import time
@@ -59,6 +60,7 @@ def uncut_step_s(module: SplitModel, batches: list[dict[str, torch.Tensor]]) -> 
 def measure() -> dict[str, float]:
     """Milliseconds of a client step, split and uncut, and their difference: medians of the repeats."""
     torch.set_num_threads(1)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips would stand between the figures
     data = FederatedTextDataModule(
         dataset="bundled:helpdesk",
         tokenizer="bundled:all-MiniLM-L6-v2",

@@ -1,4 +1,4 @@
-"""Lightning callbacks that other projects can use too: they need lightning, torch and `elsa_pl.functional` only."""
+"""Lightning callbacks that other projects can use too: of elsa_pl they need `elsa_pl.functional` only."""
 
 from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering

@@ -41,7 +41,8 @@ class BehaviorClustering(ProbingCallback):
         pictures: draw the divergence matrix and a map of the clients into the run's folder.
 
     Attributes:
-        clusters: cluster of each client, from 0; empty before the first clustering. The same in every process.
+        clusters: cluster of each client that took part in the last comparison, from 0; empty before the first one. The
+            same in every process.
         names: the clients of `divergences`, in order.
         divergences: (N, N), in the process that decides; None elsewhere and before the first clustering.
         round: the round after which they were computed, counted from 1; 0 before.
@@ -104,8 +105,7 @@ class BehaviorClustering(ProbingCallback):
             self.names = list(gathered)
             self.divergences = self._compare(gathered)
             labels = cluster(self.divergences, self._num_clusters, max_clusters=self._max_clusters)
-            # a client that did not take part stays where it was
-            self.clusters = {**self.clusters, **dict(zip(self.names, labels.tolist(), strict=True))}
+            self.clusters = dict(zip(self.names, labels.tolist(), strict=True))
         self.clusters, self.round = agree(trainer, (self.clusters, trainer.current_epoch + 1))
         log_agreed(trainer, {"clusters": float(len(set(self.clusters.values())))})
 

@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 FaultKind = Literal["flipped_labels", "shuffled_texts", "sign_flip", "scaled", "random", "silent", "slow"]
 """``flipped_labels``: label y becomes C-1-y. ``shuffled_texts``: texts get each other's labels. With l what an honest
 client would submit, g what it received, s the scale: ``sign_flip`` submits g - s (l - g), ``scaled`` g + s (l - g),
-``random`` noise instead of l - g. ``silent`` never submits; ``slow`` computes s times slower, in simulated time."""
+``random`` noise instead of l - g. ``silent`` never submits, so its edge waits for it until ``round_timeout_s``;
+``slow`` computes s times slower, in simulated time."""
 
 LABEL_FAULTS: Final[tuple[FaultKind, ...]] = ("flipped_labels", "shuffled_texts")
 DEFAULT_SCALE: Final = 5.0

@@ -159,7 +159,7 @@ class World:
     def gather(self, value: Any) -> dict[str, Any] | None:
         """Every process gives a value; the cloud gets those of all by worker name, and the others get None.
 
-        Unlike `exchange`, what one process gives reaches the cloud alone, and nobody but the cloud waits.
+        Unlike `exchange`, what one process gives reaches the cloud alone, and only the cloud waits for the others.
 
         Raises:
             RunFailed: another process declared the run failed, or the cloud is gone.
