@@ -4,6 +4,7 @@
 errors into one line, and a signal into an orderly end with an exit code that says so.
 """
 
+import gc
 import logging
 import os
 import signal
@@ -16,6 +17,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
+
+# What is imported lives as long as the process; looking for garbage in it meanwhile takes most of a second.
+_collecting = gc.isenabled()
+gc.disable()
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -41,6 +46,9 @@ from elsa_pl.reports import MOST_CLIENTS_IN_TABLE, closing, describe
 from elsa_pl.strategies import HierarchicalStrategy, launcher
 from elsa_pl.strategies.checks import refuse_unsupported
 from elsa_pl.tiers import SplitModel
+
+if _collecting:
+    gc.enable()
 
 log = logging.getLogger(__name__)
 
