@@ -26,7 +26,7 @@ from elsa_pl.strategies.topology import Topology
 from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.probes import ProbeDesk
 
-_PROBES_TOGETHER = 16  # in order of length, so that little is spent on padding
+PROBES_TOGETHER = 16  # in order of length, so that little is spent on padding
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Fleet:
         if rounds.edges and self._probes is None and asks(self._trainer, "on_clients_probed"):
             self._probes = ProbeDesk(
                 module.replicas_for_probes(self._places.edge_device),
-                module.trainer.datamodule.probe_batches(_PROBES_TOGETHER),
+                module.trainer.datamodule.probe_batches(PROBES_TOGETHER),
             )
         module.forget_base_model()
 

@@ -29,7 +29,7 @@ from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
 from elsa_pl.strategies.checks import check_device, refuse_unsupported
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
-from elsa_pl.strategies.fleet import ComputePlaces, Fleet, Tried, draw_network
+from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
 from elsa_pl.strategies.placement import Placement, asks, decide, hooks
 from elsa_pl.strategies.rounds import Rounds, Scope
@@ -388,7 +388,7 @@ class HierarchicalStrategy(ParallelStrategy):
         members = [Member(name, role, rank) for rank, (name, role) in enumerate(self._layout_processes())]
         topology = places.simulate(self.layout, members, data.client_names, self.num_edges, self._edge_of)
         if asks(trainer, "on_clients_probed"):
-            num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches())
+            num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches(PROBES_TOGETHER))
             for check in hooks(trainer, "check_probes"):
                 check(num_probes, data.num_labels or 2)  # see ProbeModel for those of a language model
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
@@ -499,17 +499,15 @@ class HierarchicalStrategy(ParallelStrategy):
     def _show_progress(self, round_number: int, steps: int, clients: int, loss: float) -> None:
         """Hand on to the callbacks that have ``on_client_progress`` how far the clients are."""
         trainer, participants = self._module.trainer, self.participants(round_number)
-        for callback in trainer.callbacks:
-            hook = getattr(callback, "on_client_progress", None)
-            if hook is not None:
-                hook(
-                    trainer,
-                    steps_done=steps,
-                    steps_total=len(participants) * self.steps_per_round,
-                    clients_done=clients,
-                    num_clients=len(participants),
-                    loss=loss,
-                )
+        for hook in hooks(trainer, "on_client_progress"):
+            hook(
+                trainer,
+                steps_done=steps,
+                steps_total=len(participants) * self.steps_per_round,
+                clients_done=clients,
+                num_clients=len(participants),
+                loss=loss,
+            )
 
     def publish(self) -> None:
         """The cloud's adapters become everybody's: the module's, the clients' and the sessions'."""

@@ -132,11 +132,12 @@ class Rounds:
     def count_published(self, adapters: Mapping[str, Tensor]) -> None:
         """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
 
-        A process receives them once for all that it runs, so that counts do not depend on the layout.
+        A process receives them once for all that it runs, so that counts do not depend on the layout. To be called
+        after `load`.
         """
         self._traffic["adapters/down"] += num_bytes(adapters) * len(self.edges)
-        for name, client in self.clients.items():
-            self._count_adapters("down", name, client.adapters())
+        for name, received in self._received.items():
+            self._count_adapters("down", name, received)
 
     def count(self, place: str, found: Mapping[str, Sequence[Tensor]]) -> None:
         """Count tensors as sent."""
