@@ -5,13 +5,15 @@
 
 ``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
 ``trust``: 20 clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of
-trust against the truth after round 3, and the final accuracy with trust, other aggregators, and without the faulty.
+trust against the truth after round 3, next to that of scores by the divergence of predictions, and the accuracy after
+the last round with trust, other aggregators, and without the faulty.
 
-Every cell is whole runs of the command, in layout ``single``, as many at a time as there are cores. Finished runs are
-found again in ``--output`` and not repeated.
+Every cell is whole runs of the command, in layout ``single``, as many at a time as there are cores. Finished runs with
+the same settings are found again in ``--output`` and not repeated: use a fresh folder after a change of the code.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import os
@@ -23,7 +25,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from scipy.spatial.distance import jensenshannon
+from scipy.stats import median_abs_deviation
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
 from elsa_pl.datamodules import FederatedTextDataModule
@@ -34,13 +39,14 @@ SEEDS = (0, 1, 2)
 WAYS = ("trust", "mean", "median", "trimmed_mean", "krum", "without")  # without the faulty clients' updates
 NUM_CLIENTS, NUM_GROUPS, ALPHA, NUM_PROBES = 20, 4, 0.3, 128
 WARMUP_ROUNDS, WARMUP_STEPS = 2, 10
-TRUST_STEPS, JUDGED_AFTER = 10, 3
+TRUST_STEPS, TRUST_BATCH, JUDGED_AFTER = 20, 8, 3
 FAULTS: dict[str, dict[str, Any]] = {"flipped_labels": {}, "sign_flip": {"fault_scale": 3}, "random": {}}
 CLUSTERING: dict[str, Any] = {
     "class_path": "BehaviorClustering",
     "init_args": {"num_clusters": NUM_GROUPS, "pictures": False},
 }
 TRUST = {"class_path": "TrustScoring", "init_args": {"pictures": False}}
+RECORDERS = "benchmarks.recorder"
 
 Settings = Mapping[str, Any]
 
@@ -60,11 +66,12 @@ def data_settings(data_set: str, data_root: Path, seed: int, more: Settings) -> 
 
 
 def run(output: Path, name: str, settings: Settings) -> Path:
-    """Run ``train.py fit`` unless the folder has a summary already; returns the folder."""
-    folder = output / name
+    """Run ``train.py fit`` unless a run with these settings has a summary already; returns the folder."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+    folder = output / f"{name}-{digest}"
     done = list(folder.glob("*/summary.json"))
     if not done:
-        arguments = ["fit", "--output_dir", str(output), "--name", name]
+        arguments = ["fit", "--output_dir", str(output), "--name", folder.name]
         for key, value in settings.items():
             arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -117,7 +124,7 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
             more |= {"faulty_fraction": faulty / NUM_CLIENTS, "fault": "flipped_labels"}
         data = data_settings(data_set, data_root, seed, more)
         settings = common(data, WARMUP_ROUNDS, WARMUP_STEPS)
-        recorder = {"class_path": "benchmarks.recorder.Recorder", "init_args": {"path": str(output / f"{name}.pt")}}
+        recorder = {"class_path": f"{RECORDERS}.UpdateRecorder", "init_args": {"path": str(output / f"{name}.pt")}}
         clustering = {**CLUSTERING, "init_args": {**CLUSTERING["init_args"], "every_n_rounds": 1}}
         jobs.append((name, {**settings, "trainer.callbacks": [clustering, recorder], "trainer.limit_val_batches": 0}))
         module = FederatedTextDataModule(**data)
@@ -151,54 +158,73 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
         print(f"{title:<34}" + "".join(f"{_several(row[column]):>24}" for column in columns))
 
 
+def divergence_scores(rounds: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
+    """What ELSA describes, for comparison: closeness of each client's predictions to the mean of the others'.
+
+    The Jensen-Shannon divergence to the mean prediction of all others, weighted by the trust of the round before, as a
+    robust z-score over the clients: trust 1 up to a z of 2, 0 from 4; averaged over rounds as `TrustScoring` does.
+    """
+    clients = list(rounds[0])
+    trust = np.ones(len(clients))
+    for number, said in enumerate(rounds):
+        predictions = np.stack([said[client].double().numpy() for client in clients])
+        weights = np.tile(trust.clip(0.05), (len(clients), 1))
+        np.fill_diagonal(weights, 0)
+        consensus = np.einsum("nk,kqc->nqc", weights / weights.sum(1, keepdims=True), predictions)
+        agreement = 1 - (jensenshannon(predictions, consensus, axis=2) ** 2).mean(1) / np.log(2)
+        deviation = median_abs_deviation(agreement, scale="normal") + 0.01
+        now = (1 - ((np.median(agreement) - agreement) / deviation - 2).clip(0) / 2).clip(0, 1)
+        trust = now if number == 0 else (trust + now) / 2
+    return dict(zip(clients, trust.tolist(), strict=True))
+
+
 def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, ways: Sequence[str]) -> None:
     """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
     faults = (None, *FAULTS) if len(ways) > 1 else tuple(FAULTS)
     jobs, truths = {}, {}
     for data_set, fault, seed in itertools.product(data_sets, faults, SEEDS):
-        more: dict[str, Any] = {"partition": "dirichlet"}
-        if fault is not None:
-            more |= {"faulty_fraction": 0.25, "fault": fault, **FAULTS[fault]}
-        data = data_settings(data_set, data_root, seed, more)
+        more: dict[str, Any] = {"partition": "dirichlet", "batch_size": TRUST_BATCH}
+        # the same clients are faulty whatever their fault, and without them it does not matter
+        faulty = {"faulty_fraction": 0.25, "fault": fault or "flipped_labels", **FAULTS.get(fault or "", {})}
+        data = data_settings(data_set, data_root, seed, more | faulty)
         module = FederatedTextDataModule(**data)
         module.load()
-        truths[data_set, fault, seed] = module.client_faults
+        truths[data_set, seed] = module.client_faults
         for way in ways:
-            if way == "without" and fault is None:
+            if way == "without" and fault is not None:
                 continue
-            setting: dict[str, Any] = {"trainer.callbacks": [CLUSTERING, TRUST]} if way == "trust" else {}
-            if way == "without":
-                leaving_out = {"clients": sorted(truths[data_set, fault, seed])}
-                setting = {
-                    "trainer.callbacks": [{"class_path": "benchmarks.recorder.LeaveOut", "init_args": leaving_out}]
-                }
-            elif way != "trust":
-                setting = {"trainer.strategy.init_args.aggregator": way}
-            name = f"trust-{rounds}-{data_set}-{fault}-{way}-{seed}"
-            jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
+            name = f"trust-{data_set}-{fault}-{way}-{rounds}-{seed}"
+            setting: dict[str, Any] = {"trainer.limit_val_batches": 0}  # the last round is tested, not the best
+            if way == "trust":
+                path = {"path": str(output / f"{name}.pt")}
+                judge = {"class_path": f"{RECORDERS}.PredictionRecorder", "init_args": path}
+                setting["trainer.callbacks"] = [TRUST, judge]
+            elif way == "without":
+                leaving_out = {"clients": sorted(truths[data_set, seed])}
+                setting["trainer.callbacks"] = [{"class_path": f"{RECORDERS}.LeaveOut", "init_args": leaving_out}]
+            else:
+                setting["trainer.strategy.init_args.aggregator"] = way
+            used = data if fault is not None or way == "without" else data_settings(data_set, data_root, seed, more)
+            jobs[data_set, fault, way, seed] = name, {**common(used, rounds, TRUST_STEPS), **setting}
     folders = all_of(list(jobs.values()), output)
     print(f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {rounds} rounds, seeds {SEEDS}")
-    print(f"{'':<28}{'ROC-AUC':>24}" + "".join(f"{way:>24}" for way in ways))
+    print(f"{'':<28}{'ROC-AUC':>24}{'by divergence':>24}" + "".join(f"{way:>24}" for way in ways))
     for data_set, fault in itertools.product(data_sets, faults):
-        cells = [""]
+        cells = ["", ""]
         if fault is not None and "trust" in ways:
-            histories = [
-                state_of(folders[jobs[data_set, fault, "trust", seed][0]], "TrustScoring")["history"] for seed in SEEDS
-            ]
-            cells = [
-                _several(
-                    [
-                        roc_auc_score(
-                            [client in truths[data_set, fault, seed] for client in history],
-                            [1 - scores[JUDGED_AFTER - 1] for scores in history.values()],
-                        )
-                        for seed, history in zip(SEEDS, histories, strict=True)
-                    ]
-                )
-            ]
+            areas: list[list[float]] = [[], []]
+            for seed in SEEDS:
+                name, _ = jobs[data_set, fault, "trust", seed]
+                history = state_of(folders[name], "TrustScoring")["history"]
+                said = torch.load(output / f"{name}.pt", weights_only=True)[:JUDGED_AFTER]
+                ours = {client: scores[JUDGED_AFTER - 1] for client, scores in history.items()}
+                for row, scores in zip(areas, (ours, divergence_scores(said)), strict=True):
+                    truth = [client in truths[data_set, seed] for client in scores]
+                    row.append(roc_auc_score(truth, [-score for score in scores.values()]))
+            cells = [_several(row) for row in areas]
         for way in ways:
-            names = [jobs[data_set, fault, way, seed][0] for seed in SEEDS if (data_set, fault, way, seed) in jobs]
-            accuracies = [json.loads((folders[name] / "summary.json").read_text())["test_accuracy"] for name in names]
+            found = [jobs[data_set, fault, way, seed][0] for seed in SEEDS if (data_set, fault, way, seed) in jobs]
+            accuracies = [json.loads((folders[name] / "summary.json").read_text())["test_accuracy"] for name in found]
             cells.append(_several([100 * accuracy for accuracy in accuracies], 1) if accuracies else "")
         print(f"{data_set + ', ' + (fault or 'no faults'):<28}" + "".join(f"{cell:>24}" for cell in cells))
 

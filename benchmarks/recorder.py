@@ -1,4 +1,4 @@
-"""Notes what clients submitted, to compare fingerprints with the usual alternative: the updates themselves."""
+"""Callbacks of the benchmarks: they note what clients submitted, or leave some of them out."""
 
 from pathlib import Path
 from typing import Any
@@ -6,9 +6,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from elsa_pl.callbacks.probing import Probed, ProbingCallback, gather
 
 
-class Recorder(Callback):
+class UpdateRecorder(Callback):
     """Writes at the end, by round and client, the submitted LoRA adapters less the global ones, as one vector.
 
     For runs in layout ``single``, where all updates are at hand.
@@ -19,7 +22,7 @@ class Recorder(Callback):
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
-        self._rounds: dict[int, dict[str, torch.Tensor]] = {}
+        self._rounds: dict[int, dict[str, Tensor]] = {}
 
     def on_before_aggregate(self, trainer: L.Trainer, scope: str, updates: list[Any]) -> list[Any]:
         if scope == "edge":
@@ -34,6 +37,25 @@ class Recorder(Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         torch.save(self._rounds, self._path)
+
+
+class PredictionRecorder(ProbingCallback):
+    """Writes after each round, for each round until then, what the clients' models predict for the probes.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: str) -> None:
+        super().__init__(None, warmup_rounds=1, every_n_rounds=1)
+        self._path = Path(path)
+        self._rounds: list[dict[str, Tensor]] = []
+
+    def on_clients_probed(self, trainer: L.Trainer, probed: Probed) -> None:
+        gathered = gather(trainer, {client: (predictions,) for client, (_, predictions, _) in probed.items()})
+        if gathered is not None:
+            self._rounds.append({client: predictions for client, (predictions,) in gathered.items()})
+            torch.save(self._rounds, self._path)
 
 
 class LeaveOut(Callback):

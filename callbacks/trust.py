@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elsa_pl.callbacks import pictures
 from elsa_pl.callbacks.probing import Probed, ProbingCallback, agree, gather, log_agreed
-from elsa_pl.functional.trust import coherence, consistency, smooth, trust_scores
+from elsa_pl.functional.trust import believe, coherence, consistency, smooth
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class TrustScoring(ProbingCallback):
 
     def __init__(
         self,
-        min_trust: float = 0.3,
+        min_trust: float = 0.5,
         *,
         smoothing: float = 0.5,
         warmup_rounds: int = 1,
@@ -61,29 +61,31 @@ class TrustScoring(ProbingCallback):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1); got {smoothing}")
         self._min_trust, self._smoothing, self._pictures = min_trust, smoothing, pictures
+        self._averages: dict[str, Tensor] = {}  # of score times evidence, evidence, and coherence, where it is gathered
         self.trust: dict[str, float] = {}
         self.history: dict[str, list[float]] = {}
 
     def on_clients_probed(self, trainer: "pl.Trainer", probed: Probed) -> None:
         gathered = gather(trainer, {client: (said, update) for client, (_, said, update) in probed.items()})
         if gathered is not None:
-            self._score(trainer, gathered)
+            self._score(gathered)
         self.trust, self.history = agree(trainer, (self.trust, self.history))
         log_agreed(trainer, {f"trust/{client}": score for client, score in self.trust.items()})
 
-    def _score(self, trainer: "pl.Trainer", sent: dict[str, tuple[Tensor, ...]]) -> None:
+    def _score(self, sent: dict[str, tuple[Tensor, ...]]) -> None:
         finite = [client for client, tensors in sent.items() if all(tensor.isfinite().all() for tensor in tensors)]
-        scores = {client: 0.0 for client in sent if client not in finite}
-        for client in scores:
+        found = {client: torch.tensor([0.0, 1.0, 0.0]) for client in sent if client not in finite}
+        for client in found:
             log.warning("%s has no trust in this round: what it sent is not finite", client)
         if finite:
-            before = torch.tensor([self.trust.get(client, 1.0) for client in finite])
             predictions, updates = (torch.stack(parts) for parts in zip(*map(sent.__getitem__, finite), strict=True))
-            agreement = consistency(predictions, None, before)
-            found = trust_scores(agreement, coherence(updates, before))
-            scores.update(zip(finite, found.tolist(), strict=True))
-        for client, score in scores.items():
-            self.trust[client] = smooth(self.trust.get(client), score, self._smoothing)
+            scores, evidence = consistency(predictions)
+            rows = torch.stack([scores * evidence, evidence, coherence(updates)], dim=1)
+            found.update(zip(finite, rows, strict=True))
+        for client, row in found.items():
+            self._averages[client] = smooth(self._averages.get(client), row, self._smoothing)
+            weighted_score, seen, coherent = self._averages[client]
+            self.trust[client] = float(torch.minimum(believe(weighted_score, seen), coherent))
         num_before = max(map(len, self.history.values()), default=0)
         for client, score in self.trust.items():  # who was not judged now keeps the score, and was trusted before
             self.history.setdefault(client, [1.0] * num_before).append(score)
@@ -102,8 +104,8 @@ class TrustScoring(ProbingCallback):
             pictures.save(figure, Path(trainer.default_root_dir) / "trust.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"trust": self.trust, "history": self.history}
+        return {"trust": self.trust, "history": self.history, "averages": self._averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.trust = dict(state_dict["trust"])
+        self.trust, self._averages = dict(state_dict["trust"]), dict(state_dict["averages"])
         self.history = {client: list(scores) for client, scores in state_dict["history"].items()}

@@ -91,7 +91,7 @@ def main() -> None:
     if trainer.is_global_zero:
         print(f"clusters: {clustering.clusters}")
         print(f"divergence of the two ranks: {clustering.divergences[0, 1]:.3f}")  # type: ignore[index]  # after training
-        print(f"trust: {trust.trust}")
+        print(f"trust: { ({rank: round(score, 2) for rank, score in trust.trust.items()}) }")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,9 @@ def test_local_training_on_two_ranks(tmp_path: Path) -> None:
     assert "clusters: {'rank-0': 0, 'rank-1': 1}" in done.stdout
     apart = float(re.search(r"divergence of the two ranks: ([\d.]+)", done.stdout)[1])  # type: ignore[index]
     assert apart > 1, "the ranks trained on different digits, so they behave differently"
-    assert "trust: {'rank-0': 1.0, 'rank-1': 1.0}" in done.stdout
+    trust = re.search(r"trust: {'rank-0': ([\d.]+), 'rank-1': ([\d.]+)}", done.stdout)
+    assert trust is not None
+    assert min(map(float, trust.groups())) > 0.9
     assert {"clients.png", "divergences.png", "trust.png"} == {
         path.name for path in (tmp_path / "runs" / "local_training").iterdir()
     }

@@ -1,9 +1,9 @@
 """Trust in clients, from how well what they send agrees with what the others send.
 
 Two views, because each has its blind spot. *Consistency* compares predictions on public probes: it finds clients whose
-labels are wrong, but random adapters hardly change predictions and so look like the best client of all. *Coherence*
-compares the directions of the updates: it finds random and reversed updates, but wrong labels of real texts move the
-adapters much as right ones do. A client is trusted as far as the less favourable view allows.
+labels are wrong, but random adapters hardly change predictions and so look like an honest client's. *Coherence*
+compares the directions of the updates: it finds random ones, but wrong labels of real texts move the adapters much as
+right ones do. A client is trusted as far as the less favourable view allows.
 
 Shapes: N clients, Q probes, C classes, P parameters.
 """
@@ -14,228 +14,194 @@ from typing import Final
 import torch
 from torch import Tensor
 
-FULL_TRUST: Final = 0.5
-"""A client at this share of the median or above it is fully trusted: honest clients with rare data lie lower, too."""
+UNKNOWN: Final = 0.75
+"""Trust in a client whose predictions say nothing about its labels, and share of the median that earns full trust."""
 
 _LEAST_WEIGHT: Final = 0.05
-"""Weight in a consensus of a client without trust, so that somebody is left to compare with when nobody has any."""
+"""Weight in the consensus of a client without trust, so that somebody is left to compare with when nobody has any."""
 
-_WEIGHT_OF_MATES: Final = 2.0
-"""How much more a client of the same cluster weighs in a consensus than one of another cluster."""
+_LITTLE_EVIDENCE: Final = 0.03
+"""Spread of a client's probabilities over the probes at which its score counts for half."""
+
+_ITERATIONS: Final = 10
+
+_COMPANIONS: Final = 0.3
+"""Share of the other clients that an honest client's update resembles; more of them than are faulty."""
+
+_NOISE: Final = 1.5
+"""Cosines of unrelated updates are below it, in standard deviations, for most of these companions; double is safe."""
 
 _LEAST_PROBABILITY: Final = 1e-6
 
 
-def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    r"""Jensen-Shannon divergence of distributions over the last dimension, in nats.
-
-    .. math:: \mathrm{JSD}(p, q) = \tfrac12 \mathrm{KL}(p \| m) + \tfrac12 \mathrm{KL}(q \| m), \qquad m = (p + q) / 2
-
-    Args:
-        p: probabilities. [..., C]
-        q: probabilities, of a shape that broadcasts with it. [..., C]
-
-    Returns:
-        Between 0 (equal) and ln 2 (nothing in common). [...]
-
-    Source:
-        Lin 1991, "Divergence measures based on the Shannon entropy".
-
-    Example:
-        >>> jensen_shannon(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), torch.tensor([0.0, 1.0]))
-        tensor([0.6931, 0.2158])
-    """
-    middle = (p + q) / 2
-    # xlogy is 0 at 0, and where the middle is 0 both are
-    kl_p, kl_q = (torch.xlogy(r, r) - torch.xlogy(r, middle) for r in (p, q))
-    return ((kl_p + kl_q).sum(-1) / 2).clamp(0, math.log(2))
-
-
-def consistency(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> Tensor:
-    r"""Correlation of each client's predictions with the answer that the others agree on.
+def consistency(predictions: Tensor) -> tuple[Tensor, Tensor]:
+    r"""How each client's predictions agree with what the trusted ones among the others answer, and how much that means.
 
     Clients with unlike data differ most in how often they predict each class, which says nothing about their honesty.
-    So a client's vote takes out how likely it finds each class on average, and how strongly:
+    So a client's vote takes out how likely it finds each class on average, and how strongly. Bars are means over the
+    probes, :math:`\ell` log-probabilities centred over the classes, and :math:`m_n` the mean of the votes of all
+    others, weighted by their trust:
 
     .. math::
         v_{nqc} = \frac{\ell_{nqc} - \bar\ell_{n \cdot c}}{\operatorname{std}_q \ell_{nqc}}, \qquad
         a_n = \operatorname{softmax}_c \frac{m_n}{\operatorname{std} m_n}, \qquad
-        c_n = \operatorname{corr}\bigl(p_{nqc} - \bar p_{n \cdot c},\; a_{nqc} - \bar a_{n \cdot c}\bigr)
+        r_n = \operatorname{corr}\bigl(p_{nqc} - \bar p_{n \cdot c},\; a_{nqc} - \bar a_{n \cdot c}\bigr)
 
-    with :math:`\ell` the log-probabilities, centred over the classes, bars for means over the probes, and :math:`m_n`
-    the mean of the votes of all others, weighted by trust. Where clusters are given, clients of the same one weigh
-    twice as much, and not more: faulty clients that cluster together must not vouch for each other.
+    A client that knows one class predicts it for every probe: it may be honest or not. How much a client says is the
+    spread of its probabilities over the probes:
+
+    .. math::
+        c_n = \operatorname{clip}\left(\frac{r_n}{\tau \operatorname{median}_w r},\, 0,\, 1\right), \qquad
+        s_n^2 = \frac1Q \sum_{qc} (p_{nqc} - \bar p_{n \cdot c})^2
+
+    with :math:`\tau` = `UNKNOWN` and the median weighted by :math:`w_n = s_n / (s_n + 0.03)`. From full trust in all,
+    trust (see `believe`) and consensus are computed in turn, ten times, so that those who flip the same labels do not
+    vouch for each other. If even the median does not agree with the others, the view says nothing and nobody is
+    accused.
 
     Args:
         predictions: probabilities. [N, Q, C]
-        clusters: the cluster of each client, any integers. [N] None counts all alike, which separated flipped labels
-            at least as well wherever both were tried.
-        trust: of the round before, in [0, 1]; ones in the first round. [N]
 
     Returns:
-        Between -1 and 1; 0 for a client that predicts the same for all probes. One client agrees with itself: 1. Two
-        clients have the same consistency, up to what their confidence makes of it: nobody can tell which is wrong. [N]
+        - scores c, between 0 and 1. Of two clients nobody can tell which is wrong: they score alike. [N]
+        - evidence s, between 0 (the same prediction for all probes) and 1. [N]
 
     Raises:
-        ValueError: shapes that do not fit, or numbers that are not finite or not in [0, 1].
+        ValueError: another shape, or numbers that are not finite or not in [0, 1].
 
     Source:
-        ELSA, arXiv 2601.13824, scores consistency with a consensus by divergence, which is `divergence_consistency`
-        here. With clients whose labels are mixed by Dirichlet(0.3) that ranks honest clients with rare classes below
-        faulty ones.
+        ELSA, arXiv 2601.13824, scores consistency with a consensus by a divergence of the predictions themselves. With
+        clients whose labels are mixed by Dirichlet(0.3) that ranks honest clients with rare classes below faulty ones.
 
     Example:
         >>> right = torch.tensor([[0.9, 0.1], [0.2, 0.8], [0.7, 0.3]])
-        >>> predictions = torch.stack([right, right, right, right.flip(1)])
-        >>> consistency(predictions, None, torch.ones(4)) > 0
-        tensor([ True,  True,  True, False])
+        >>> consistency(torch.stack([right, right, right, right.flip(1), torch.full((3, 2), 0.5)]))
+        (tensor([1., 1., 1., 0., 0.]), tensor([0.4163, 0.4163, 0.4163, 0.4163, 0.0000]))
     """
-    _require_predictions(predictions, clusters, trust)
-    if len(predictions) == 1:
-        return predictions.new_ones(1)
+    _require_predictions(predictions)
     logs = predictions.clamp_min(_LEAST_PROBABILITY).log()
     logs = logs - logs.mean(2, keepdim=True)
     votes = logs - logs.mean(1, keepdim=True)
     votes = votes / votes.std(1, keepdim=True, correction=0).clamp_min(1e-3)
-    mean_vote = torch.einsum("nk,kqc->nqc", _weights_of_others(clusters, trust).to(votes), votes)
-    strength = mean_vote.std((1, 2), keepdim=True, correction=0).clamp_min(torch.finfo(votes.dtype).tiny)
-    answers = (mean_vote / strength).softmax(2)
-    return _correlation(predictions - predictions.mean(1, keepdim=True), answers - answers.mean(1, keepdim=True))
+    said = predictions - predictions.mean(1, keepdim=True)
+    evidence = said.square().sum((1, 2)).div(predictions.shape[1]).sqrt()
+    scores = torch.ones_like(evidence)
+    if len(predictions) == 1:
+        return scores, evidence
+    trust = scores
+    for _ in range(_ITERATIONS):
+        mean_vote = torch.einsum("nk,kqc->nqc", _weights_of_others(trust).to(votes), votes)
+        strength = mean_vote.std((1, 2), keepdim=True, correction=0).clamp_min(torch.finfo(votes.dtype).tiny)
+        answers = (mean_vote / strength).softmax(2)
+        agreement = _correlation(said, answers - answers.mean(1, keepdim=True))
+        middle = _weighted_median(agreement, evidence / (evidence + _LITTLE_EVIDENCE))
+        if middle <= 0:
+            return torch.ones_like(scores), evidence
+        scores = (agreement / (UNKNOWN * middle)).clamp(0, 1)
+        trust = believe(scores * evidence, evidence)
+    return scores, evidence
 
 
-def divergence_consistency(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> Tensor:
-    r"""Closeness of each client's predictions to the mean prediction of the others, for comparison.
+def believe(weighted_score: Tensor, evidence: Tensor) -> Tensor:
+    r"""Trust from scores of `consistency` and the evidence for them, of one round or averaged over several.
 
-    .. math:: c_n = 1 - \frac{1}{Q \ln 2} \sum_q \mathrm{JSD}(p_{nq}, \bar p_{nq})
+    .. math::
+        T_n = \frac{\langle s_n c_n \rangle + 0.03\, \tau}{\langle s_n \rangle + 0.03}
 
-    with the mean of the others weighted as in `consistency`.
+    A round in which a client said little moves its trust little, and a client that never says anything has
+    :math:`\tau` = `UNKNOWN`.
 
     Args:
-        predictions: probabilities. [N, Q, C]
-        clusters: the cluster of each client, any integers. [N] None counts all alike.
-        trust: of the round before, in [0, 1]. [N]
-
-    Returns:
-        Between 0 and 1; one client: 1. [N]
-
-    Raises:
-        ValueError: as `consistency`.
+        weighted_score: score times evidence. [N]
+        evidence: of the same rounds. [N]
 
     Example:
-        >>> predictions = torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]], [[0.0, 1.0]]])
-        >>> divergence_consistency(predictions, torch.tensor([0, 0, 1]), torch.ones(3))
-        tensor([0.8091, 0.8091, 0.0000])
+        >>> believe(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.5, 0.5, 0.0]))
+        tensor([0.9858, 0.0425, 0.7500])
     """
-    _require_predictions(predictions, clusters, trust)
-    if len(predictions) == 1:
-        return predictions.new_ones(1)
-    consensus = torch.einsum("nk,kqc->nqc", _weights_of_others(clusters, trust).to(predictions), predictions)
-    return 1 - jensen_shannon(predictions, consensus).mean(1) / math.log(2)
+    return (weighted_score + _LITTLE_EVIDENCE * UNKNOWN) / (evidence + _LITTLE_EVIDENCE)
 
 
-def coherence(updates: Tensor, trust: Tensor) -> Tensor:
-    r"""Cosine between each client's update and the mean direction of the others' updates.
+def coherence(updates: Tensor) -> Tensor:
+    r"""Trust in each client, from whether its update resembles those of some others more than chance would have it.
 
-    .. math:: h_n = \cos\Bigl(u_n,\; \sum_{k \ne n} T_k \frac{u_k}{\lVert u_k \rVert}\Bigr)
+    .. math::
+        T_n = \operatorname{clip}\left( \frac{h_n - 1.5 \sigma}{1.5 \sigma},\, 0,\, 1 \right), \qquad
+        h_n = \operatorname{quantile}_{0.7} \{\cos(u_n, u_k) : k \ne n\}, \qquad \sigma = \frac{1}{\sqrt P}
 
-    Random updates are orthogonal to everything, reversed ones point away; a large norm buys no influence.
+    :math:`\sigma` is the standard deviation of the cosine of unrelated directions. Random updates lie within it of all
+    others; reversed ones resemble, at first, only each other, which must be less than 30% of the clients. Honest
+    clients with unlike labels may point away from most others, but resemble some. Where the median client does not
+    reach :math:`3 \sigma`, the view says nothing and nobody is accused.
 
     Args:
-        updates: adapters that a client sent minus those that it was given, flattened in one order for all. Those of the
-            head may be left out. [N, P]
-        trust: of the round before, in [0, 1]; ones in the first round. [N]
+        updates: what a client sent minus what it was given, flattened in one order for all. Leave out what is not the
+            client's own doing, and the head, whose updates differ most between honest clients with unlike labels.
+            [N, P]
 
     Returns:
-        Between -1 and 1; 0 for a client that changed nothing. One client agrees with itself: 1; two with each
-        other equally. [N]
+        Trust between 0 and 1. [N]
 
     Raises:
-        ValueError: shapes that do not fit, or numbers that are not finite.
+        ValueError: another shape, or numbers that are not finite.
 
     Source:
-        Cao et al. 2020, arXiv 2012.13995 (FLTrust), with the server's own update in place of the others'.
+        Cao et al. 2020, arXiv 2012.13995 (FLTrust) trusts by the cosine with the server's own update, which takes
+        labelled data at the server; here the other clients stand in for it.
 
     Example:
-        >>> updates = torch.tensor([[1.0, 0.1], [2.0, 0.0], [1.0, -0.1], [-3.0, 0.0]])
-        >>> coherence(updates, torch.ones(4)).round(decimals=2)
-        tensor([ 0.9800,  1.0000,  0.9800, -1.0000])
+        >>> noise = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
+        >>> coherence(noise + torch.tensor([1.0, 1.0, 1.0, 0.0, -3.0])[:, None])
+        tensor([1., 1., 1., 0., 0.])
     """
-    if updates.ndim != 2 or not len(updates) or trust.shape != updates.shape[:1]:
-        raise ValueError(
-            "expected updates [N, P] and trust [N] for at least one client; got "
-            f"{list(updates.shape)} and {list(trust.shape)}"
-        )
+    if updates.ndim != 2 or not len(updates):
+        raise ValueError(f"expected updates [N, P] of at least one client; got {list(updates.shape)}")
     _require_finite(updates, "updates")
-    _require_trust(trust)
-    if len(updates) == 1:
-        return updates.new_ones(1)
+    trust = torch.ones(len(updates))
+    dimensions = int((updates != 0).any(0).sum())  # a hashed update of a small model has places that are never hit
+    if len(updates) == 1 or not dimensions:
+        return trust
     directions = torch.nn.functional.normalize(updates.double(), dim=1)
-    weighted = directions * trust.to(directions).clamp_min(_LEAST_WEIGHT)[:, None]
-    others = torch.nn.functional.normalize(weighted.sum(0) - weighted, dim=1)
-    return (directions * others).sum(1).clamp(-1, 1).to(updates.dtype)
+    cosines = directions @ directions.T
+    others = cosines[~torch.eye(len(updates), dtype=torch.bool)].view(len(updates), -1)
+    resemblance = others.quantile(1 - _COMPANIONS, dim=1)
+    noise = _NOISE / math.sqrt(dimensions)
+    if resemblance.quantile(0.5) <= 2 * noise:
+        return trust
+    return ((resemblance - noise) / noise).clamp(0, 1).float()
 
 
-def trust_scores(*views: Tensor) -> Tensor:
-    r"""Trust in each client from its consistency and, where there is one, its coherence.
-
-    .. math:: T_n = \min_v \operatorname{clip}\left( \frac{c^v_n}{\tau \operatorname{median}_k c^v_k},\, 0,\, 1 \right)
-
-    with :math:`\tau` = `FULL_TRUST`. Agreement at or below 0 leaves no trust: it is what a client would have by chance.
-    A view in which even the median does not agree says nothing, and everybody has full trust in it.
-
-    Args:
-        views: one or more of `consistency`, `coherence`, ...; 0 means no agreement. [N] each
-
-    Returns:
-        Between 0 and 1; equal clients, and so a single one, have 1. [N]
-
-    Raises:
-        ValueError: no view, shapes that do not fit, or numbers that are not finite.
-
-    Example:
-        >>> trust_scores(torch.tensor([0.4, 0.5, 0.3, 0.1, -0.2]))
-        tensor([1.0000, 1.0000, 1.0000, 0.6667, 0.0000])
-    """
-    if not views or any(view.ndim != 1 or view.shape != views[0].shape or not len(view) for view in views):
-        raise ValueError(f"expected one or more views of shape [N]; got {[list(view.shape) for view in views]}")
-    scores = []
-    for view in views:
-        _require_finite(view[:, None], "scores")
-        middle = torch.quantile(view.double(), 0.5).to(view.dtype)
-        full = FULL_TRUST * middle
-        scores.append((view / full).clamp(0, 1) if middle > _NO_AGREEMENT else torch.ones_like(view))
-    return torch.stack(scores).amin(0)
-
-
-def smooth(before: float | None, score: float, smoothing: float) -> float:
-    r"""Exponential average of trust over rounds: :math:`s\, T^{before} + (1 - s)\, T^{now}`.
+def smooth(before: Tensor | None, now: Tensor, smoothing: float) -> Tensor:
+    r"""Exponential average over rounds: :math:`s\, x^{before} + (1 - s)\, x^{now}`.
 
     Args:
         before: the average of the rounds before; None in the first one.
-        score: trust of this round.
+        now: what this round adds.
         smoothing: s, weight of the rounds before, in [0, 1).
 
     Raises:
         ValueError: a weight outside its range.
 
     Example:
-        >>> smooth(None, 0.8, 0.5), smooth(0.8, 0.0, 0.5)
-        (0.8, 0.4)
+        >>> smooth(None, torch.tensor(0.8), 0.5), smooth(torch.tensor(0.8), torch.tensor(0.0), 0.5)
+        (tensor(0.8000), tensor(0.4000))
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"expected 0 <= smoothing < 1; got {smoothing}: at 1 trust would never change")
-    return score if before is None else smoothing * before + (1 - smoothing) * score
+    return now if before is None else smoothing * before + (1 - smoothing) * now
 
 
-_NO_AGREEMENT: Final = 1e-6
-
-
-def _weights_of_others(clusters: Tensor | None, trust: Tensor) -> Tensor:
+def _weights_of_others(trust: Tensor) -> Tensor:
     """Weight of client k in the consensus for client n: rows sum to 1, zero diagonal [N, N]."""
     weights = trust.double().clamp_min(_LEAST_WEIGHT).repeat(len(trust), 1).fill_diagonal_(0)
-    if clusters is not None:
-        weights = weights * torch.where(clusters[:, None] == clusters[None, :], _WEIGHT_OF_MATES, 1.0)
     return weights / weights.sum(1, keepdim=True)
+
+
+def _weighted_median(values: Tensor, weights: Tensor) -> Tensor:
+    """The least value that half of the weight does not exceed."""
+    order = values.argsort()
+    reached = weights[order].double().cumsum(0) >= weights.double().sum() / 2
+    return values[order][reached][0]
 
 
 def _correlation(a: Tensor, b: Tensor) -> Tensor:
@@ -246,13 +212,10 @@ def _correlation(a: Tensor, b: Tensor) -> Tensor:
     return (a * b).sum(1).clamp(-1, 1).float()
 
 
-def _require_predictions(predictions: Tensor, clusters: Tensor | None, trust: Tensor) -> None:
-    count = len(predictions) if predictions.ndim else 0
-    each = [trust] if clusters is None else [clusters, trust]
-    if predictions.ndim != 3 or not predictions.numel() or any(other.shape != (count,) for other in each):
+def _require_predictions(predictions: Tensor) -> None:
+    if predictions.ndim != 3 or not predictions.numel():
         raise ValueError(
-            "expected predictions [N, Q, C], clusters [N] and trust [N] for at least one client and probe; got "
-            f"{list(predictions.shape)} and {[list(other.shape) for other in each]}"
+            f"expected predictions [N, Q, C] of at least one client and probe; got {list(predictions.shape)}"
         )
     _require_finite(predictions.flatten(1), "predictions")
     if predictions.min() < 0 or predictions.max() > 1 + 1e-3:
@@ -260,12 +223,6 @@ def _require_predictions(predictions: Tensor, clusters: Tensor | None, trust: Te
             f"expected probabilities; got values from {predictions.min():.3g} to {predictions.max():.3g}: "
             "take the softmax first"
         )
-    _require_trust(trust)
-
-
-def _require_trust(trust: Tensor) -> None:
-    if not ((trust >= 0) & (trust <= 1)).all():  # also refuses nan
-        raise ValueError(f"expected trust in [0, 1]; got {trust.tolist()[:8]}")
 
 
 def _require_finite(rows: Tensor, what: str) -> None:

@@ -223,8 +223,9 @@ class Fleet:
             for update in updates:
                 edge = self._rounds.edges[self.placement.assignment[update.sender]]
                 given = edge.given(trainer.current_epoch) or self._module.global_adapters()
-                # without the head, whose updates differ most between honest clients with different labels
-                names = [name for name in given if ".lora_" in name]
+                # the client's own doing is front and tail; the head's updates differ most between honest clients
+                middle = edge.sessions[update.sender].adapters()
+                names = [name for name in given if ".lora_" in name and name not in middle]
                 before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
                 probed[update.sender] = (*found[update.sender], hashed_update(before, after))
         for hook in due:
