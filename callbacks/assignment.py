@@ -27,7 +27,7 @@ class LatencyAwareAssignment(Callback):
     For `elsa_pl`'s strategy, whose `profile` (or, between sites, a measurement) tells the latencies. Before the first
     comparison latency alone decides. After each one the clients are assigned anew; those that move take over the global
     adapters at their new edge like everybody else. Without `BehaviorClustering` it is latency alone, without
-    `TrustScoring` all are trusted.
+    `TrustScoring` all are trusted. The strategy's ``edge_of`` is ignored, with a warning.
 
     Args:
         latency_weight: of the latency between client and edge, over its median.

@@ -16,7 +16,8 @@ class ResourceAwareSplitting(Callback):
     """Chooses how many blocks front, middle and tail of each client have, from the strategy's ``profile``.
 
     For `elsa_pl`'s strategy. Plans follow the assignment: after each change of it they are chosen anew. Costs are those
-    of a full batch of the longest texts, so that memory holds in every step.
+    of a full batch of the longest texts, so that memory holds in every step. Plans are chosen before the first round
+    too, so the model's ``plan`` cuts no client, and its ``client_plans`` are ignored with a warning.
 
     Args:
         min_front: blocks that every front has at least: the fewer, the easier an edge recovers tokens.

@@ -180,6 +180,25 @@ def test_one_client(base: Settings, tmp_path: Path) -> None:
     assert state_of(run, "BehaviorClustering")["clusters"] == {"client-0": 0}
 
 
+def test_places_and_plans_that_are_ignored_earn_a_warning(
+    base: Settings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    set_for_some = {
+        "strategy.edge_of": {"client-1": "edge-0"},
+        "model.client_plans": {"client-3": {"front": 2, "middle": 1, "tail": 1}},
+        "trainer.max_epochs": 1,
+    }
+    with caplog.at_level(logging.WARNING):
+        run_here(tmp_path, "ignored", with_callbacks(base, [ASSIGNMENT, SPLITTING], **set_for_some))
+        (places,) = [text for text in caplog.messages if "edge_of" in text]
+        (plans,) = [text for text in caplog.messages if "client_plans" in text]
+        assert "client-1, because LatencyAwareAssignment chooses" in places
+        assert "client-3, because ResourceAwareSplitting chooses" in plans
+        caplog.clear()
+        run_here(tmp_path, "obeyed", {**base, **set_for_some})
+    assert not [text for text in caplog.messages if "ignored" in text]
+
+
 BAD: list[tuple[list[Any], dict[str, Any], list[str]]] = [
     ([CLUSTERING], {"data.num_probes": 0}, ["num_probes", "probe_file"]),
     ([CLUSTERING], {"data.num_probes": 8}, ["12", "8", "width"]),

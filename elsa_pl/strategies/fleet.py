@@ -132,7 +132,7 @@ class Fleet:
             gone = self._world.board.lost & set(topology.edges)
             decided = None
             if self._world.role == "cloud":
-                decided = (placement if gone else decide(trainer, placement)).plain()
+                decided = (placement if gone else decide(trainer, placement, self._module.check_plan)).plain()
             placement = Placement.of(cast(Plain, trainer.strategy.broadcast(decided)))
         self._placed_before = self._placement
         if placement != self._placement:

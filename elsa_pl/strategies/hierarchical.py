@@ -27,7 +27,7 @@ from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
-from elsa_pl.strategies.checks import check_device, refuse_unsupported
+from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_overridden
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
@@ -393,7 +393,8 @@ class HierarchicalStrategy(ParallelStrategy):
                 check(num_probes, data.num_labels or 2)  # see ProbeModel for those of a language model
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
         self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
-        decide(trainer, Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients}))
+        placement = Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients})
+        decide(trainer, placement, module.check_plan)
 
     # ---- roles -----------------------------------------------------------------------------------------------
 
@@ -412,6 +413,8 @@ class HierarchicalStrategy(ParallelStrategy):
         super().setup(trainer)
         refuse_unsupported(trainer)
         if self._rounds is None:
+            if self.is_global_zero:
+                warn_of_overridden(trainer, edge_of=self._edge_of, client_plans=self._module.client_plans)
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
             self._rounds = self._make_rounds(datamodule)
             self._fleet = Fleet(
