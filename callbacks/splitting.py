@@ -43,10 +43,10 @@ class ResourceAwareSplitting(Callback):
     ) -> dict[str, Numbers]:
         """The plans for the next round: new ones when the assignment is new, else those there are."""
         strategy: Any = trainer.strategy
+        # the lost keep their plans, and leave their share of the edge to others
+        living = {client: edge for client, edge in assignment.items() if client not in strategy.lost_clients}
         # of a resumed run too: with other devices, texts or floors, the plans of before do not hold
-        decided_for = derive_seed(
-            repr((assignment, self._min_front, self._min_tail, strategy.workload, strategy.network))
-        )
+        decided_for = derive_seed(repr((living, self._min_front, self._min_tail, strategy.workload, strategy.network)))
         if decided_for != self._decided_for:
             if strategy.network is None:
                 raise ValueError(
@@ -54,10 +54,11 @@ class ResourceAwareSplitting(Callback):
                     " mixed, or take the callback out"
                 )
             chosen = choose_plans(
-                strategy.workload, strategy.network, assignment, min_front=self._min_front, min_tail=self._min_tail
+                strategy.workload, strategy.network, living, min_front=self._min_front, min_tail=self._min_tail
             )
             self._decided_for = decided_for
-            self._plans = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
+            found = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
+            self._plans = {**plans, **found}
         return self._plans
 
     def state_dict(self) -> dict[str, Any]:
