@@ -27,7 +27,7 @@ class LatencyAwareAssignment(Callback):
     For `elsa_pl`'s strategy, whose `profile` (or, between sites, a measurement) tells the latencies. Before the first
     comparison latency alone decides. After each one the clients are assigned anew; those that move take over the global
     adapters at their new edge like everybody else. Without `BehaviorClustering` it is latency alone, without
-    `TrustScoring` all are trusted.
+    `TrustScoring` all are trusted. The strategy's ``edge_of`` is ignored, with a warning.
 
     Args:
         latency_weight: of the latency between client and edge, over its median.
@@ -59,18 +59,22 @@ class LatencyAwareAssignment(Callback):
         self._assignment: dict[str, str] | None = None
         self._decided_for: int | None = None
         self._decided_after = 0  # the round of the comparison that the assignment follows
-        self._shown: tuple[Tensor, Tensor, Tensor | None] | None = None
+        # latencies, capacities, divergences, trust and edges of the latest assignment by behaviour
+        self._shown: dict[str, Tensor] | None = None
 
     def on_assign_clients(self, trainer: "pl.Trainer", assignment: dict[str, str]) -> dict[str, str]:
         """The assignment for the next round: a new one after each comparison of the clients, else the one there is."""
         clustering = companion(trainer, BehaviorClustering)
         compared = 0 if clustering is None or clustering.divergences is None else clustering.round
         strategy: Any = trainer.strategy
+        # the lost stay where they are, and leave their places to others
+        living = [client for client in assignment if client not in strategy.lost_clients]
         # of a resumed run too: with other clients, edges or weights, the assignment of before does not hold
-        settings = (sorted(assignment), strategy.network, self._latency_weight, self._behaviour_weight, self._capacity)
+        settings = (sorted(living), strategy.network, self._latency_weight, self._behaviour_weight, self._capacity)
         decided_for = derive_seed(repr(settings))
         if self._assignment is None or compared > self._decided_after or decided_for != self._decided_for:
-            self._assignment = self._assign(trainer, list(assignment), clustering if compared else None)
+            found = self._assign(trainer, living, clustering if compared else None)
+            self._assignment = {**assignment, **found}
             self._decided_after, self._decided_for = compared, decided_for
         return self._assignment
 
@@ -99,7 +103,14 @@ class LatencyAwareAssignment(Callback):
             latency_weight=self._latency_weight,
             behaviour_weight=self._behaviour_weight,
         )
-        self._shown = (latency_s, capacities, divergences)
+        if divergences is not None:
+            self._shown = {
+                "latency_s": latency_s,
+                "capacities": capacities,
+                "divergences": divergences,
+                "trust": trust,
+                "chosen": chosen,
+            }
         return {client: edges[place] for client, place in zip(clients, chosen.tolist(), strict=True)}
 
     def _capacities(self, edges: list[str], num_clients: int) -> Tensor:
@@ -111,25 +122,22 @@ class LatencyAwareAssignment(Callback):
         return torch.full((len(edges),), share)
 
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not self._pictures or not trainer.is_global_zero or self._shown is None or self._shown[2] is None:
+        if not self._pictures or not trainer.is_global_zero or self._shown is None:
             return
-        latency_s, capacities, divergences = self._shown
-        pairs = [(1.0, weight) for weight in _WEIGHTS_SHOWN] + [(self._latency_weight, self._behaviour_weight)]
-        costs = []
-        for latency_weight, behaviour_weight in pairs:
-            chosen = assign(
-                latency_s,
-                divergences,
-                capacities,
-                latency_weight=latency_weight,
-                behaviour_weight=behaviour_weight,
-            )
-            costs.append(assignment_costs(chosen, latency_s, divergences))
+        latency_s, divergences, trust = (self._shown[name] for name in ("latency_s", "divergences", "trust"))
+        assignments = [
+            assign(latency_s, divergences, self._shown["capacities"], trust, behaviour_weight=weight)
+            for weight in _WEIGHTS_SHOWN
+        ]
+        costs = [
+            assignment_costs(edges, latency_s, divergences, trust) for edges in [*assignments, self._shown["chosen"]]
+        ]
+        own_weight = self._behaviour_weight / self._latency_weight if self._latency_weight else math.inf
         figure = pictures.draw_trade_off(
-            [behaviour / latency if latency else math.inf for latency, behaviour in pairs],
+            [*_WEIGHTS_SHOWN, own_weight],
             [cost[0] for cost in costs],
             [cost[1] for cost in costs],
-            chosen=len(pairs) - 1,
+            chosen=len(_WEIGHTS_SHOWN),
         )
         pictures.save(figure, Path(trainer.default_root_dir) / "assignment.png")
 
@@ -138,11 +146,12 @@ class LatencyAwareAssignment(Callback):
             "assignment": self._assignment,
             "decided_after": self._decided_after,
             "decided_for": self._decided_for,
+            "shown": self._shown,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._assignment, self._decided_after = state_dict["assignment"], state_dict["decided_after"]
-        self._decided_for = state_dict["decided_for"]
+        self._decided_for, self._shown = state_dict["decided_for"], state_dict.get("shown")
 
 
 def _matrix(clustering: BehaviorClustering, clients: list[str]) -> Tensor:

@@ -106,7 +106,8 @@ class BehaviorClustering(ProbingCallback):
             self.divergences = self._compare(gathered)
             labels = cluster(self.divergences, self._num_clusters, max_clusters=self._max_clusters)
             self.clusters = dict(zip(self.names, labels.tolist(), strict=True))
-        self.clusters, self.round = agree(trainer, (self.clusters, trainer.current_epoch + 1))
+            self.round = trainer.current_epoch + 1
+        self.clusters, self.round = agree(trainer, (self.clusters, self.round))
         log_agreed(trainer, {"clusters": float(len(set(self.clusters.values())))})
 
     def _compare(self, gathered: dict[str, tuple[Tensor, ...]]) -> Tensor:
@@ -141,8 +142,10 @@ class BehaviorClustering(ProbingCallback):
             "names": self.names,
             "divergences": self.divergences,
             "round": self.round,
+            "base": self._said_first,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.clusters, self.names = dict(state_dict["clusters"]), list(state_dict["names"])
         self.divergences, self.round = state_dict["divergences"], state_dict["round"]
+        self._said_first = state_dict.get("base")

@@ -196,6 +196,7 @@ def draw_trust(
     history: Mapping[str, Sequence[float]],
     *,
     first_round: int = 1,
+    every: int = 1,
     min_trust: float | None = None,
     faulty: Collection[str] | None = None,
 ) -> "Figure":
@@ -205,8 +206,9 @@ def draw_trust(
     by three scaled median absolute deviations. Named are these and the faulty ones, or up to eight clients all.
 
     Args:
-        history: trust of each client in each round, in [0, 1]; nan where it was not judged.
+        history: trust of each client in each round in which clients were scored, in [0, 1]; nan where it was not.
         first_round: number of the first of these rounds.
+        every: rounds from one of them to the next.
         min_trust: below it a client does not count; None when there is no bound.
         faulty: clients that are known to be faulty, in an experiment; None when nobody knows.
 
@@ -241,7 +243,7 @@ def draw_trust(
 
     figure = drawing.new_figure(8, max(4.5, 1.6 + len(ends) * LINE_IN))
     axes = figure.add_subplot()
-    rounds = first_round + np.arange(lengths[0])
+    rounds = first_round + every * np.arange(lengths[0])
     looks = _looks(low, wrong, marked, known=faulty is not None)
     for index in np.argsort(marked, kind="stable"):  # those marked come last, above the others
         (colour, line), width = looks[index], 1.5 if marked[index] else 0.8

@@ -52,6 +52,8 @@ class ProbingCallback(Callback):
                 f"warmup_rounds and every_n_rounds must be at least 1; got {warmup_rounds} and {every_n_rounds}"
             )
         self._probes, self._warmup, self._every = probes, warmup_rounds, every_n_rounds
+        # what the model said before any training, for a resumed run; elsa_pl's strategy asks the model anew
+        self._said_first: tuple[Tensor, Tensor] | None = None
         self._given: dict[str, Tensor] = {}  # the rank's trained parameters when the epoch began
 
     def probes_due(self, trainer: "pl.Trainer") -> bool:
@@ -75,8 +77,9 @@ class ProbingCallback(Callback):
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not _is_federated(trainer):
-            states, predictions = agree(trainer, self._evaluate(pl_module))
-            self.on_base_probed(trainer, states, predictions)
+            if self._said_first is None:
+                self._said_first = agree(trainer, self._evaluate(pl_module))
+            self.on_base_probed(trainer, *self._said_first)
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not _is_federated(trainer):

@@ -16,7 +16,8 @@ class ResourceAwareSplitting(Callback):
     """Chooses how many blocks front, middle and tail of each client have, from the strategy's ``profile``.
 
     For `elsa_pl`'s strategy. Plans follow the assignment: after each change of it they are chosen anew. Costs are those
-    of a full batch of the longest texts, so that memory holds in every step.
+    of a full batch of the longest texts, so that memory holds in every step. Plans are chosen before the first round
+    too, so the model's ``plan`` cuts no client, and its ``client_plans`` are ignored with a warning.
 
     Args:
         min_front: blocks that every front has at least: the fewer, the easier an edge recovers tokens.
@@ -42,10 +43,10 @@ class ResourceAwareSplitting(Callback):
     ) -> dict[str, Numbers]:
         """The plans for the next round: new ones when the assignment is new, else those there are."""
         strategy: Any = trainer.strategy
+        # the lost keep their plans, and leave their share of the edge to others
+        living = {client: edge for client, edge in assignment.items() if client not in strategy.lost_clients}
         # of a resumed run too: with other devices, texts or floors, the plans of before do not hold
-        decided_for = derive_seed(
-            repr((assignment, self._min_front, self._min_tail, strategy.workload, strategy.network))
-        )
+        decided_for = derive_seed(repr((living, self._min_front, self._min_tail, strategy.workload, strategy.network)))
         if decided_for != self._decided_for:
             if strategy.network is None:
                 raise ValueError(
@@ -53,10 +54,11 @@ class ResourceAwareSplitting(Callback):
                     " mixed, or take the callback out"
                 )
             chosen = choose_plans(
-                strategy.workload, strategy.network, assignment, min_front=self._min_front, min_tail=self._min_tail
+                strategy.workload, strategy.network, living, min_front=self._min_front, min_tail=self._min_tail
             )
             self._decided_for = decided_for
-            self._plans = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
+            found = {client: (plan.front, plan.middle, plan.tail) for client, plan in chosen.items()}
+            self._plans = {**plans, **found}
         return self._plans
 
     def state_dict(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ FaultKind = Literal["flipped_labels", "shuffled_texts", "sign_flip", "scaled", "
 """``flipped_labels``: label y becomes C-1-y. ``shuffled_texts``: texts get each other's labels. With l what an honest
 client would submit, g what it received, s the scale: ``sign_flip`` submits g - s (l - g), ``scaled`` g + s (l - g),
 ``random`` noise instead of l - g. ``silent`` never submits, so its edge waits for it until ``round_timeout_s``;
-``slow`` computes s times slower, in simulated time."""
+``slow`` computes s times slower, in simulated time only."""
 
 LABEL_FAULTS: Final[tuple[FaultKind, ...]] = ("flipped_labels", "shuffled_texts")
 DEFAULT_SCALE: Final = 5.0
@@ -117,6 +117,8 @@ class FaultSettings:
                 f"{client}: set data.faults"
             )
         kind = (self.by_client or {}).get(client)
+        if kind == "slow":
+            logger.warning("fault=slow has no effect at %s: between sites time is real, and not slowed down", client)
         return {} if kind is None else {client: kind}
 
 

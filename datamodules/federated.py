@@ -261,11 +261,6 @@ class FederatedTextDataModule(L.LightningDataModule):
             self._eval_batches[key] = [tokens.batch(part) for part in by_length(tokens, self.eval_batch_size)]
         return self._eval_batches.get(key, [])
 
-    @property
-    def has_probes(self) -> bool:
-        """Whether the settings ask for probes. Known without loading."""
-        return self._probes.file is not None or self._probes.num_probes > 0
-
     def probe_batches(self, batch_size: int | None = None) -> list[Batch]:
         """Return the batches of the probe texts, shortest first; ``rows`` [B] are their places among the probes.
 

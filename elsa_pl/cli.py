@@ -231,6 +231,8 @@ class ElsaCLI(LightningCLI):
         if not site:
             _check_names("client_plans", model.client_plans, data.client_names)
         model.prepare(data.num_labels if model.task == "classification" else None)
+        if self.subcommand == "fit":
+            strategy.check_probes(self.trainer, model, data)
         if not site:
             strategy.check(self.trainer, model, data)
         if strategy.holds_data:

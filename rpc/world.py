@@ -126,8 +126,12 @@ class World:
         """Note the boards of other processes, as worker and name."""
         self._remote_boards = [place for place in places if place[0] != self.worker]
 
-    def exchange(self, value: Any) -> dict[str, Any]:
+    def exchange(self, value: Any, extra_s: float = 0.0) -> dict[str, Any]:
         """Every process gives a value and gets those of all, by worker name; the lost are left out.
+
+        Args:
+            value: of this process.
+            extra_s: seconds that one of them may need beforehand, in addition to a round's; the same in all.
 
         Raises:
             RunFailed: another process declared the run failed, or the cloud is gone.
@@ -136,7 +140,7 @@ class World:
             return {self.worker: value}
         self._collectives += 1
         # longer than an edge waits for its clients, or a silent client would cost its edge the place in the run
-        patience_s = self.round_timeout_s + self.call_timeout_s
+        patience_s = self.round_timeout_s + self.call_timeout_s + extra_s
         everyone = tuple(member.name for member in self.members)
         try:
             pending = remote.start_call(
@@ -209,7 +213,7 @@ class World:
     def _on_tick(self) -> None:
         late = self.board.expire()
         if late:
-            log.warning("no answer from %s within %.0f s", ", ".join(late), self.round_timeout_s + self.call_timeout_s)
+            log.warning("no answer from %s in time: the run goes on without", ", ".join(late))
             self.lose(late)
 
     def _on_cloud_lost(self, worker: str) -> None:

@@ -285,6 +285,17 @@ SITES = {
 }
 
 
+def test_an_edge_counts_its_probes_before_it_meets_the_others(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Nobody else is there to be met, so another check would wait for them."""
+    (folder / "probes.csv").write_text("text\n" + "".join(f"a text of {number} words\n" for number in range(8)))
+    site = [f"{STRATEGY}layout", "site", f"{STRATEGY}role", "edge", f"{STRATEGY}name", "north"]
+    site += ["--data.labels", "[l0, l1, l2, l3]", "--data.probe_file", "probes.csv"]
+    callback = ["--trainer.callbacks+=BehaviorClustering", "--trainer.callbacks.width=8"]
+    assert cli.main([*basics(), *site, *callback]) == 1
+    the_error(*capfd.readouterr(), ["BehaviorClustering", "12", "8", "width"])
+    (folder / "probes.csv").unlink()
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", SITES)
 def test_sites_that_do_not_fit_together(name: str, workdir: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

@@ -328,6 +328,25 @@ def test_the_schedules_factor_scales_the_learning_rate_of_every_part() -> None:
     assert all(value.abs().max() > 1e-3 for value in moves[1].values())
 
 
+def test_a_replica_goes_on_with_the_optimizer_of_another() -> None:
+    model: Any = load_model(None, {"model_type": "bert", **CONFIG}, "classification", 3, seed=0)
+    _, middle, _ = cut(add_lora(model, LoraSettings(), "classification", seed=0), PLAN)
+    first, second, fresh = (MiddleModule(replicate(middle), torch.optim.AdamW) for _ in range(3))
+
+    def step(tier: Tier, size: float) -> None:
+        tier.collect_gradients(0, {p: torch.full_like(p, size) for p in tier.part.adapters().values()})
+        tier.step_optimizer(0.5)
+
+    step(first, 1.0)
+    second.take_optimizer_state(first)
+    for tier in (second, fresh):
+        tier.load(first.adapters())
+    for tier in (first, second, fresh):
+        step(tier, 0.1)
+    assert_equal(second.adapters(), first.adapters())
+    assert moved(fresh.adapters(), first.adapters())
+
+
 def test_a_diverged_loss_steps_nothing() -> None:
     pair, batch = Pair("bert", "classification"), make_batch("classification")
     broken = {name: torch.full_like(value, float("nan")) for name, value in pair.client.tail.adapters().items()}

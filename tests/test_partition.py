@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -16,6 +17,8 @@ from elsa_pl.errors import UnsupportedModelError
 from elsa_pl.lora import LoraSettings, add_lora, dropout_key
 from elsa_pl.models import Task, load_model, uncut
 from elsa_pl.partition import Part, SplitPlan, check_cut, cut, find_blocks, num_blocks, replicate
+from elsa_pl.strategies.placement import Placement, decide
+from elsa_pl.tiers import SplitModel
 
 BASE = {
     "hidden_size": 32,
@@ -365,6 +368,26 @@ def test_check_cut_catches_a_model_that_counts_its_blocks() -> None:
     model.bert.encoder.__class__ = _CountingEncoder
     with pytest.raises(UnsupportedModelError, match=r"'bert' \(BertForSequenceClassification\)"):
         check_cut(model, PLAN)
+
+
+def test_a_chosen_plan_is_checked_too() -> None:
+    """Where callbacks choose plans, of the model that the check above catches."""
+    module = SplitModel(None, {"model_type": "bert", **BASE}, task="classification", plan=PLAN, seed=0)
+    module.prepare(3)
+    before = Placement({"client-7": "edge-0"}, {"client-7": module.plan_of("client-7")})
+
+    class Chooser(Callback):
+        def on_plan_clients(self, trainer: Any, plans: Any, assignment: Any) -> dict[str, tuple[int, int, int]]:
+            return {"client-7": (2, 1, 1)}
+
+    trainer: Any = Trainer(callbacks=[Chooser()], logger=False, enable_checkpointing=False, accelerator="cpu")
+    assert decide(trainer, before, module.check_plan).plans["client-7"] == SplitPlan(2, 1, 1)
+    model: Any = module._held[0].get_base_model()
+    model.bert.encoder.__class__ = _CountingEncoder
+    assert decide(trainer, before, module.check_plan).plans["client-7"] == SplitPlan(2, 1, 1), "it was checked before"
+    module._checked.clear()
+    with pytest.raises(UnsupportedModelError, match=r"the plan 2\|1\|1 that was chosen for client-7 .* 'bert'"):
+        decide(trainer, before, module.check_plan)
 
 
 def test_trainable_tensors_of_two_parts_are_refused() -> None:

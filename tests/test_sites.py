@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
+import lightning.pytorch as pl
 import pandas as pd
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from elsa_pl.rpc.lifecycle import free_port
 from tests.runs import (
@@ -102,10 +106,16 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     assert metrics["train_loss"].notna().sum() == 2
     assert (metrics["simulated/round_s"].dropna() > 0).sum() == 2
     assert {"trust/hospital-0", "trust/hospital-1"} <= set(metrics.columns)
-    # each host predicts the rows of its own file, beside its own name; only the cloud (index 1) has the checkpoint
+    # each host predicts the rows of its own file, beside its own name; only the cloud (index 1) has the checkpoint, and
+    # nobody needs probes
     predicted = tmp_path / "predicted"
     sites = [
-        {**site, "data.test_file": test_file, "ckpt_path": str(run.checkpoint()) if index == 1 else "of_the_cloud.ckpt"}
+        {
+            **site,
+            "data.test_file": test_file,
+            "data.probe_file": None,
+            "ckpt_path": str(run.checkpoint()) if index == 1 else "of_the_cloud.ckpt",
+        }
         for index, site in enumerate(sites)
     ]
     predict = [["predict", *arguments(predicted, "run", site)[1:]] for site in sites]
@@ -113,6 +123,46 @@ def test_sites_train_on_their_own_files(tmp_path: Path) -> None:
     files = list(predicted.glob("run/*-predict/*/predictions.csv"))
     assert {file.parent.name for file in files} == {"hospital-0", "hospital-1"}
     assert [len(pd.read_csv(file)) for file in files] == [40, 40]
+
+
+class Quitter(Callback):
+    """Ends a site once the others are about to measure the links to it.
+
+    Args:
+        worker: which.
+    """
+
+    def __init__(self, worker: str) -> None:
+        self._worker = worker
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        strategy: Any = trainer.strategy
+
+        def quit_late(_: object) -> None:
+            time.sleep(3)
+            os._exit(7)
+
+        if strategy.world.worker == self._worker:
+            strategy._make_rounds = quit_late
+
+
+def test_a_site_that_ends_before_links_are_measured_is_named(tmp_path: Path) -> None:
+    quitter = {"class_path": "tests.test_sites.Quitter", "init_args": {"worker": "hospital-1"}}
+    common = {
+        "strategy.layout": "site",
+        "data.labels": LABELS,
+        "data.train_file": write_tickets(tmp_path / "train.csv", 60, seed=0),
+        "profile": {"distribution": "uniform"},
+        "trainer.callbacks": [quitter],
+    }
+    sites: list[Settings] = [{**common, "strategy.role": "cloud"}]
+    for role, name in (("edge", "edge-north"), ("host", "hospital-0"), ("host", "hospital-1")):
+        sites.append({**common, "strategy.role": role, "strategy.name": name})
+    commands = [arguments(tmp_path / "runs", "run", site) for site in sites]
+    cloud, *others = fork_all(commands, tmp_path / "fit")
+    assert [site.returncode for site in (cloud, *others)] == [1, 1, 1, 7]
+    assert "error: hospital-1 ended before the links to the edges were measured" in cloud.err
+    assert "Traceback" not in cloud.err
 
 
 def test_the_config_of_sites(tmp_path: Path) -> None:

@@ -3,11 +3,9 @@
 The bytes on the links do not depend on the cut, so a plan trades the client's compute for the edge's. One device alone
 would give the edge as much as it can whenever the edge is faster. But clients share their edge: in a mixed fleet fast
 devices should keep blocks, so that slow ones, and those whose memory holds few blocks, find an edge with time for them.
-`choose_plans` weighs that for all clients of each edge together; `choose_plan` answers for one client when the number
-of its fellows is all that is known.
+`choose_plans` weighs that for all clients of each edge together.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -53,52 +51,6 @@ def allowed_plans(num_layers: int, *, min_front: int = 1, min_tail: int = 1) -> 
     ]
 
 
-def choose_plan(
-    workload: Workload,
-    device: DeviceProfile,
-    *,
-    latency_s: float,
-    edge_flops_per_s: float,
-    clients_at_edge: int = 1,
-    min_front: int = 1,
-    min_tail: int = 1,
-    client: str = "the client",
-) -> Plan:
-    """The plan of least step time for one client whose edge serves others with the same plan.
-
-    Args:
-        workload: what every step does.
-        device: of the client.
-        latency_s: to its edge, one way.
-        edge_flops_per_s: rate of the edge, FLOP/s.
-        clients_at_edge: clients that share it, this one included.
-        min_front: see `allowed_plans`.
-        min_tail: see `allowed_plans`.
-        client: its name, for the error.
-
-    Raises:
-        ValueError: the device's memory holds none of the allowed plans.
-
-    Example:
-        >>> from elsa_pl.functional.costs import ModelShape
-        >>> minilm = ModelShape(num_layers=6, hidden_size=384, intermediate_size=1536, num_heads=12, num_kv_heads=12,
-        ...                     head_size=32, vocab_size=30522, num_classes=6)
-        >>> work = Workload(shape=minilm, batch_size=16, num_tokens=64)
-        >>> pi = DeviceProfile(flops_per_s=1e10, memory_bytes=1e9, up_bytes_per_s=1e6, down_bytes_per_s=4e6)
-        >>> choose_plan(work, pi, latency_s=0.01, edge_flops_per_s=2e11, clients_at_edge=4)
-        Plan(front=1, middle=4, tail=1)
-        >>> choose_plan(work, pi, latency_s=0.01, edge_flops_per_s=2e11, clients_at_edge=40)
-        Plan(front=4, middle=1, tail=1)
-    """
-    if clients_at_edge < 1:
-        raise ValueError(f"expected clients_at_edge >= 1; got {clients_at_edge}")
-    if not 0 < edge_flops_per_s < math.inf:
-        raise ValueError(f"expected an edge with a rate above 0 FLOP/s; got {edge_flops_per_s}")
-    allowed = allowed_plans(workload.shape.num_layers, min_front=min_front, min_tail=min_tail)
-    options = _options(workload, device, latency_s, allowed, client)
-    return min(options, key=lambda option: option.own_s + clients_at_edge * option.edge_flops / edge_flops_per_s).plan
-
-
 def choose_plans(
     workload: Workload,
     profile: NetworkProfile,
@@ -109,9 +61,9 @@ def choose_plans(
 ) -> dict[str, Plan]:
     """The plans under which the slowest client of each edge is fastest, and then all its clients together.
 
-    Starts from what `choose_plan` says for each client and from the smallest middles, and changes single plans while
-    that helps: the largest step time at the edge must not rise, and it or the sum of all must fall. The result is
-    never slower than all clients choosing alone, but need not be the best there is.
+    Starts from what each client would choose if the others chose the same, and from the smallest middles, and changes
+    single plans while that helps: the largest step time at the edge must not rise, and it or the sum of all must fall.
+    The result is never slower than all clients choosing alone, but need not be the best there is.
 
     Args:
         workload: what every step does.

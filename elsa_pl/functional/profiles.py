@@ -10,7 +10,7 @@ Shapes: N clients, E edges.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, Final, Literal
 
 import numpy as np
@@ -150,9 +150,6 @@ class NetworkProfile:
     latency_s: dict[str, dict[str, float]]
     """From client to edge, one way, by client and edge."""
 
-    positions_km: dict[str, tuple[float, float]] = field(default_factory=dict)
-    """Of clients and edges, where places were drawn: for pictures, since latencies already follow from them."""
-
 
 def draw_profile(settings: ProfileSettings, clients: Sequence[str], edges: Sequence[str], seed: int) -> NetworkProfile:
     """Fill in what the settings leave open: a function of settings, names and seed, the same in every process.
@@ -179,7 +176,6 @@ def draw_profile(settings: ProfileSettings, clients: Sequence[str], edges: Seque
     for client, row in latencies.items():
         _require_known(f"latency_s.{client}", row, edges)
     kinds: Mapping[str, _Kind] = {}
-    places: dict[str, tuple[float, float]] = {}
     drawn: dict[str, dict[str, float]] = {}
     if settings.distribution == "uniform":
         kinds = dict.fromkeys(clients, _USUAL)
@@ -201,7 +197,6 @@ def draw_profile(settings: ProfileSettings, clients: Sequence[str], edges: Seque
             client: _complete_row(client, {**drawn.get(client, {}), **latencies.get(client, {})}, edges)
             for client in clients
         },
-        positions_km=places,
     )
 
 

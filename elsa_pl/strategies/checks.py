@@ -1,9 +1,15 @@
 """Settings that a run of rounds cannot honour are refused before it starts, with the reason."""
 
+import logging
+from collections.abc import Collection
+
 import lightning.pytorch as pl
 import torch
 
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.strategies.placement import hooks
+
+log = logging.getLogger(__name__)
 
 
 def check_device(setting: str, name: str) -> None:
@@ -48,3 +54,25 @@ def refuse_unsupported(trainer: "pl.Trainer") -> None:
         refused.append("accumulate_grad_batches: batches accumulate per client; use model.accumulate_grad_batches")
     if refused:
         raise ConfigurationError("these settings of the trainer do not fit rounds: " + "; ".join(refused))
+
+
+def warn_of_overridden(trainer: "pl.Trainer", *, edge_of: Collection[str], client_plans: Collection[str]) -> None:
+    """Warn of places and plans that were set for single clients, but that a callback chooses.
+
+    Args:
+        trainer: its callbacks.
+        edge_of: the clients whose edge was set.
+        client_plans: the clients whose plan was set.
+    """
+    for setting, clients, name in (
+        ("strategy.edge_of", edge_of, "on_assign_clients"),
+        ("model.client_plans", client_plans, "on_plan_clients"),
+    ):
+        choosing = [type(hook.__self__).__name__ for hook in hooks(trainer, name)]
+        if clients and choosing:
+            log.warning(
+                "%s is ignored for %s, because %s chooses: take the setting or the callback out",
+                setting,
+                ", ".join(sorted(clients)),
+                choosing[-1],
+            )

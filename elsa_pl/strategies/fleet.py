@@ -3,15 +3,19 @@
 `elsa_pl.strategies.hierarchical` runs the processes and the rounds; what differs between clients is known here.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.datamodules.faults import FaultKind, corrupt
+from elsa_pl.errors import LaunchError, RunFailed
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings, draw_profile
 from elsa_pl.functional.seeding import derive_seed
@@ -25,6 +29,8 @@ from elsa_pl.strategies.simulation import simulate_round
 from elsa_pl.strategies.topology import Topology
 from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.probes import ProbeDesk
+
+log = logging.getLogger(__name__)
 
 PROBES_TOGETHER = 16  # in order of length, so that little is spent on padding
 
@@ -81,11 +87,16 @@ class Fleet:
         self._placement: Placement | None = None
         self._placed_before: Placement | None = None  # in the round that has just ended
         self._probes: ProbeDesk | None = None
+        self._edges_gone: set[str] = set()
 
     # ---- devices and links ---------------------------------------------------------------------------------------
 
     def know(self, settings: ProfileSettings | None, data: Any, *, measure: bool) -> None:
-        """Draw the profile; between sites the links are measured instead. Every process calls."""
+        """Draw the profile; between sites the links are measured instead. Every process calls.
+
+        Raises:
+            LaunchError: a site is gone before its links are known.
+        """
         if settings is None:
             return
         topology = self._rounds.topology
@@ -93,6 +104,11 @@ class Fleet:
             self._world.exchange(None)  # everybody serves before anybody measures
             mine = measure_links(topology.edges, self._places.call_timeout_s) if self._own_client is not None else {}
             found = self._world.exchange({edge: link.plain() for edge, link in mine.items()})
+            if gone := [client for client in topology.clients if client not in found]:
+                raise LaunchError(
+                    f"{', '.join(gone)} ended before the links to the edges were measured: look at the messages there,"
+                    " and start again, without them if need be"
+                )
             settings = with_links(settings, {client: found[client] for client in topology.clients})
             self.network = draw_profile(settings, topology.clients, list(topology.edges), self._module.seed)
         else:
@@ -123,6 +139,7 @@ class Fleet:
         Between rounds: the adapters that are published next go into every replica, old or new.
         """
         trainer, topology = self._trainer, self._rounds.topology
+        strategy: Any = trainer.strategy
         placement = self._placement
         if placement is None:
             plans = {client: self._module.plan_of(client) for client in topology.clients}
@@ -132,9 +149,18 @@ class Fleet:
             gone = self._world.board.lost & set(topology.edges)
             decided = None
             if self._world.role == "cloud":
-                decided = (placement if gone else decide(trainer, placement)).plain()
-            placement = Placement.of(cast(Plain, trainer.strategy.broadcast(decided)))
+                if gone - self._edges_gone:
+                    log.warning(
+                        "edges and cuts of the clients stay as they are from here on, because %s is lost; its clients"
+                        " are left out: go on from the last checkpoint without it to place them anew",
+                        ", ".join(sorted(gone)),
+                    )
+                self._edges_gone = gone
+                decided = (placement if gone else decide(trainer, placement, self._module.check_plan)).plain()
+            placement = Placement.of(cast(Plain, strategy.broadcast(decided)))
         self._placed_before = self._placement
+        if self._placement is not None and self._world.role == "cloud" and not strategy.reset_optimizer:
+            _warn_of_lost_states(self._placement, placement)
         if placement != self._placement:
             self._settle(placement)
             self._placement = placement
@@ -145,7 +171,7 @@ class Fleet:
         topology = replace(rounds.topology, assignment=placement.assignment)
         before = self._placement
         recut = {client for client, plan in placement.plans.items() if before is None or before.plans[client] != plan}
-        sessions = {
+        sessions: dict[str, dict[str, Any]] = {
             edge: {
                 client: service.sessions[client]
                 for client in topology.clients_of(edge)
@@ -162,11 +188,18 @@ class Fleet:
             new_sessions = [(edge, client) for edge in sessions for client in topology.clients_of(edge)]
             new_clients = rounds.local_names
         for edge, client in new_sessions:
-            sessions[edge][client] = module.make_middle(placement.plans[client], self._places.edge_device)
+            session = module.make_middle(placement.plans[client], self._places.edge_device)
+            if client in sessions[edge]:
+                session.take_optimizer_state(sessions[edge][client])
+            sessions[edge][client] = session
         for name in new_clients:
             front, tail = module.make_ends(placement.plans[name], self._places.client_device)
             if name in rounds.clients:
-                rounds.clients[name].front, rounds.clients[name].tail = front, tail
+                there = rounds.clients[name]
+                if name not in recut:
+                    front.take_optimizer_state(there.front)
+                    tail.take_optimizer_state(there.tail)
+                there.front, there.tail = front, tail
             else:
                 edge = topology.assignment[name]
                 address = EdgeAddress(topology.edges[edge], edge, self._places.call_timeout_s)
@@ -181,27 +214,40 @@ class Fleet:
         for edge, service in rounds.edges.items():
             service.sessions = sessions[edge]
         rounds.move(topology)
-        if rounds.edges and self._probes is None and asks(self._trainer, "on_clients_probed"):
-            self._probes = ProbeDesk(
-                module.replicas_for_probes(self._places.edge_device),
-                module.trainer.datamodule.probe_batches(PROBES_TOGETHER),
-            )
+        self.provide_probes()
         module.forget_base_model()
 
     # ---- what the clients' models say ----------------------------------------------------------------------------
 
+    def provide_probes(self) -> None:
+        """Have what edges look at their clients with; only training asks for it, and only where callbacks do."""
+        training = self._trainer.state.fn == TrainerFn.FITTING
+        if self._probes is not None or not self._rounds.edges or not training:
+            return
+        if asks(self._trainer, "on_clients_probed"):
+            self._module.recall_base_model()  # forgotten, if the run began with an evaluation
+            self._probes = ProbeDesk(
+                self._module.replicas_for_probes(self._places.edge_device),
+                self._module.trainer.datamodule.probe_batches(PROBES_TOGETHER),
+            )
+
     def probe_base(self) -> None:
-        """Before the first round: show the callbacks what the model says about the probes without any training."""
+        """Before the first round: show the callbacks what the model says about the probes without any training.
+
+        Raises:
+            RunFailed: no edge is left that could ask it.
+        """
         trainer = self._trainer
         asking = list(hooks(trainer, "on_base_probed"))
         if not asking:
             return
+        found = self._world.exchange(None if self._probes is None else self._probes.base())
         # the first edge's answer is everybody's: what is projected on must not differ by rounding
-        first = next(iter(self._rounds.topology.edges)) in self._rounds.edges
-        base = self._probes.base() if self._probes is not None and first else None
-        (states, predictions), *_ = (found for found in self._world.exchange(base).values() if found is not None)
+        workers = [worker for worker in self._rounds.topology.edges.values() if found.get(worker) is not None]
+        if not workers:
+            raise RunFailed("no edge is left to evaluate the model on the probes: look at the edges' messages")
         for hook in asking:
-            hook(trainer, states, predictions)
+            hook(trainer, *found[workers[0]])
 
     def inspect(self, updates: list[Update]) -> None:
         """Show the callbacks what the clients' models say about the probes.
@@ -228,18 +274,43 @@ class Fleet:
                 names = [name for name in given if ".lora_" in name and name not in middle]
                 before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
                 probed[update.sender] = (*found[update.sender], hashed_update(before, after))
+        # hosts and cloud wait here for the edges, as long as so many calls one after the other may take
+        at_worker = Counter(self._rounds.topology.edges[edge] for edge in self.placement.assignment.values())
+        self._world.exchange(None, extra_s=max(at_worker.values()) * self._places.call_timeout_s)
         for hook in due:
             hook(trainer, probed)
 
-    def corrupt(self, client: str, update: Update, received: Mapping[str, Tensor]) -> Update | None:
-        """What a client submits: a faulty one something else than its update (experiments), or nothing."""
+    def corrupt(
+        self, client: str, update: Update, received: Mapping[str, Tensor], key: tuple[int, int]
+    ) -> Update | None:
+        """What a client submits: a faulty one something else than its update (experiments), or nothing.
+
+        Args:
+            client: its name.
+            update: what it would submit.
+            received: the adapters that its steps began with.
+            key: global round and edge round.
+        """
         module = self._module
         faults: dict[str, FaultKind] = module.trainer.datamodule.client_faults
         if client not in faults:
             return update
-        generator = torch.Generator().manual_seed(derive_seed(module.seed, "fault", client, module.current_epoch))
+        generator = torch.Generator().manual_seed(derive_seed(module.seed, "fault", client, *key))
         sent = corrupt(faults[client], update.adapters, received, module.trainer.datamodule.fault_scale, generator)
         return None if sent is None else replace(update, adapters=sent)
+
+
+def _warn_of_lost_states(before: Placement, after: Placement) -> None:
+    moved = [
+        client
+        for client, edge in after.assignment.items()
+        if (edge, after.plans[client]) != (before.assignment[client], before.plans[client])
+    ]
+    if moved:
+        log.warning(
+            "%s: with another edge or cut, optimizer states start afresh, although reset_optimizer=false",
+            ", ".join(moved),
+        )
 
 
 def draw_network(settings: ProfileSettings, topology: Topology, data: Any, seed: int) -> NetworkProfile:

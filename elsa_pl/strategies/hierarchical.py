@@ -27,7 +27,7 @@ from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
-from elsa_pl.strategies.checks import check_device, refuse_unsupported
+from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_overridden
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
@@ -383,17 +383,33 @@ class HierarchicalStrategy(ParallelStrategy):
 
         Raises:
             ConfigurationError: more edges or hosts than clients, or ``edge_of`` names what is not there.
-            ValueError: the clients cannot be placed, or there are no probes for the callbacks that need some.
+            ValueError: the clients cannot be placed.
         """
         members = [Member(name, role, rank) for rank, (name, role) in enumerate(self._layout_processes())]
         topology = places.simulate(self.layout, members, data.client_names, self.num_edges, self._edge_of)
-        if asks(trainer, "on_clients_probed"):
-            num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches(PROBES_TOGETHER))
-            for check in hooks(trainer, "check_probes"):
-                check(num_probes, data.num_labels or 2)  # see ProbeModel for those of a language model
+        if self._profile is None and "slow" in data.client_faults.values():
+            log.warning("fault slow has no effect without simulated time: set profile.distribution, such as mixed")
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
         self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
-        decide(trainer, Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients}))
+        placement = Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients})
+        decide(trainer, placement, module.check_plan)
+
+    def check_probes(self, trainer: "pl.Trainer", module: Any, data: Any) -> None:
+        """Whether training has the probes that callbacks ask for; between sites, whether an edge has them.
+
+        Args:
+            trainer: its callbacks ask.
+            module: built already.
+            data: has the probes.
+
+        Raises:
+            FileNotFoundError: ``probe_file`` is missing.
+            ValueError: there are no probes, or too few.
+        """
+        if self._role in (None, "edge") and asks(trainer, "on_clients_probed"):
+            num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches(PROBES_TOGETHER))
+            for check in hooks(trainer, "check_probes"):
+                check(num_probes, module.num_labels or 2)  # see ProbeModel for those of a language model
 
     # ---- roles -----------------------------------------------------------------------------------------------
 
@@ -412,6 +428,8 @@ class HierarchicalStrategy(ParallelStrategy):
         super().setup(trainer)
         refuse_unsupported(trainer)
         if self._rounds is None:
+            if self.is_global_zero:
+                warn_of_overridden(trainer, edge_of=self._edge_of, client_plans=self._module.client_plans)
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
             self._rounds = self._make_rounds(datamodule)
             self._fleet = Fleet(
@@ -425,6 +443,9 @@ class HierarchicalStrategy(ParallelStrategy):
             self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
             self._fleet.place()
             self.barrier()  # nobody calls an edge that is not served yet
+        else:
+            self.fleet.provide_probes()
+            self._module.forget_base_model()
         self.publish()
 
     def _make_rounds(self, datamodule: Any) -> Rounds:
@@ -452,7 +473,7 @@ class HierarchicalStrategy(ParallelStrategy):
             edges,
             aggregate=self.aggregate,
             inspect=lambda updates: self.fleet.inspect(updates),
-            corrupt=lambda client, update, received: self.fleet.corrupt(client, update, received),
+            corrupt=lambda *submitted: self.fleet.corrupt(*submitted),
             passes_in_flight=self.passes_in_flight,
             reporter=reporter,
         )
@@ -479,6 +500,13 @@ class HierarchicalStrategy(ParallelStrategy):
     def workload(self) -> Workload:
         """A step on a full batch of the longest texts, which is what plans have to provide for."""
         return self._tried.workload if self._fleet is None and self._tried is not None else self.fleet.workload
+
+    @property
+    def lost_clients(self) -> frozenset[str]:
+        """Clients that take part no more: they, their host or their edge are gone."""
+        if self._rounds is None:
+            return frozenset()
+        return frozenset(self.world.board.lost & set(self.rounds.topology.clients))
 
     def gather_clients(self, found: dict[str, tuple[Tensor, ...]]) -> dict[str, tuple[Tensor, ...]] | None:
         """Bring what the edges found out about their clients together at the cloud, in client order.

@@ -42,7 +42,7 @@ def _numbers(plan: SplitPlan) -> tuple[int, int, int]:
     return plan.front, plan.middle, plan.tail
 
 
-def hooks(trainer: "pl.Trainer", name: str) -> Iterator[Callable[..., Any]]:
+def hooks(trainer: "pl.Trainer", name: str) -> Iterator[Any]:
     """The callbacks' hooks of a name, in the order of the callbacks; most callbacks have none of ours."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
         hook = getattr(callback, name, None)
@@ -55,7 +55,7 @@ def asks(trainer: "pl.Trainer", *names: str) -> bool:
     return any(True for name in names for _ in hooks(trainer, name))
 
 
-def decide(trainer: "pl.Trainer", placement: Placement) -> Placement:
+def decide(trainer: "pl.Trainer", placement: Placement, check_plan: Callable[[str, SplitPlan], None]) -> Placement:
     """Ask the callbacks for another placement.
 
     A callback takes part by having one of these, or both; all assignments are made before the plans, because a plan
@@ -63,10 +63,19 @@ def decide(trainer: "pl.Trainer", placement: Placement) -> Placement:
 
     - ``on_assign_clients(trainer, assignment) -> assignment``, client name to edge name;
     - ``on_plan_clients(trainer, plans, assignment) -> plans``, client name to the blocks of (front, middle, tail).
+
+    Args:
+        trainer: its callbacks.
+        placement: what they start from.
+        check_plan: called with each client that gets another plan, and the plan; raises if the model cannot be cut so.
     """
     assignment, plans = placement.plain()
     for hook in hooks(trainer, "on_assign_clients"):
         assignment = hook(trainer, assignment)
     for hook in hooks(trainer, "on_plan_clients"):
         plans = hook(trainer, plans, assignment)
-    return Placement.of((assignment, plans))
+    decided = Placement.of((assignment, plans))
+    for client, plan in decided.plans.items():
+        if plan != placement.plans[client]:
+            check_plan(client, plan)
+    return decided

@@ -42,7 +42,7 @@ _EVALUATED_TOGETHER = 16  # texts; small enough that a batch keeps several passe
 Scope = Literal["edge", "cloud"]
 Aggregate = Callable[[Scope, list[Update]], Update | None]
 Inspect = Callable[[list[Update]], None]
-Corrupt = Callable[[str, Update, Mapping[str, Tensor]], Update | None]
+Corrupt = Callable[[str, Update, Mapping[str, Tensor], tuple[int, int]], Update | None]
 
 
 def board_of(edge: str) -> str:
@@ -68,8 +68,8 @@ class Rounds:
         edges: the edges of this process.
         aggregate: the strategy's aggregation hook.
         inspect: called in every process with the updates that its edges received in a global round, before any mean.
-        corrupt: what a faulty client submits instead of its update; called with its name, the update and the adapters
-            that it had received. None where it submits nothing.
+        corrupt: what a faulty client submits instead of its update; called with its name, the update, the adapters
+            that it had received, and global and edge round. None where it submits nothing.
         passes_in_flight: passes that this process' clients run at the same time.
         reporter: tells the cloud how far the clients are.
     """
@@ -252,7 +252,7 @@ class Rounds:
         for name in names:
             client = self.clients[name]
             honest = Update(name, float(self._sizes[name]), client.adapters())
-            update = self._corrupt(name, honest, self._received[name])
+            update = self._corrupt(name, honest, self._received[name], key)
             if update is None:
                 continue
             self._count_adapters("up", name, update.adapters)

@@ -39,11 +39,15 @@ class ProbeModel:
         self._task, self._device, self._precision = task, device, precision
         self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
-    def evaluate(self, adapters: Mapping[str, Tensor] | None, batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    def adapters(self) -> dict[str, Tensor]:
+        """Copies of the adapters that it has now, by global layer name."""
+        return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
+
+    def evaluate(self, adapters: Mapping[str, Tensor], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
         """States and predictions of the model with some adapters.
 
         Args:
-            adapters: by global layer name; None leaves those that the replica was made with.
+            adapters: by global layer name.
             batches: of probes, without labels.
 
         Returns:
@@ -53,7 +57,7 @@ class ProbeModel:
               large as the model.
         """
         with torch.no_grad():
-            for name, value in (adapters or {}).items():
+            for name, value in adapters.items():
                 self._parameters[name].copy_(value)
             outputs = [self._evaluate(batch) for batch in batches]
         states, predictions = zip(*outputs, strict=True)
@@ -78,16 +82,17 @@ class ProbeDesk:
     """Evaluates the clients of this process' edges on the probes, several at the same time.
 
     Args:
-        models: replicas to try adapters on.
+        models: replicas to try adapters on, with those of before any training.
         batches: of probes.
     """
 
     def __init__(self, models: Sequence[ProbeModel], batches: Sequence[Batch]) -> None:
         self._models, self._batches = models, batches
+        self._initial = models[0].adapters()
 
     def base(self) -> tuple[Tensor, Tensor]:
-        """States (Q, D) and predictions (Q, C) of the model before any training; to be asked before `evaluate`."""
-        return self._models[0].evaluate(None, self._batches)
+        """States (Q, D) and predictions (Q, C) of the model before any training."""
+        return self._models[0].evaluate(self._initial, self._batches)
 
     def evaluate(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """States (Q, D) and predictions (Q, C) by client, from the adapters of each."""

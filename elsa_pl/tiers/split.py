@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import get_scheduler
 
-from elsa_pl.errors import ConfigurationError
+from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings, add_lora
@@ -49,7 +49,7 @@ class SplitModel(EvaluatedModel):
         model: ``bundled:all-MiniLM-L6-v2``, a folder, or a hub id; None with ``model_config``.
         model_config: configuration of a model with random weights, such as ``{"model_type": "llama", ...}``.
         task: what the head does.
-        plan: how many blocks front, middle and tail hold.
+        plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
         lora: rank, alpha, dropout and target modules of the adapters.
         optimizer: builds each tier's optimizer.
@@ -108,6 +108,7 @@ class SplitModel(EvaluatedModel):
         self._held: list[PeftModel] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
         self._resolved_plan: SplitPlan | None = None
+        self._checked: set[SplitPlan] = set()
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
 
@@ -137,7 +138,29 @@ class SplitModel(EvaluatedModel):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
+            self._checked.add(plan)
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
+
+    def check_plan(self, client: str, plan: SplitPlan) -> None:
+        """Check a plan that was chosen for a client, unless that cut was checked before.
+
+        Raises:
+            UnsupportedModelError: the model cannot be cut so; with the client and the plan.
+        """
+        if plan in self._checked:
+            return
+        recalled = self.recall_base_model()
+        try:
+            check_cut(self._base, plan)
+        except UnsupportedModelError as error:
+            cut_at = f"{plan.front}|{plan.middle}|{plan.tail}"
+            raise UnsupportedModelError(
+                f"the plan {cut_at} that was chosen for {client} does not fit: {error}"
+            ) from error
+        finally:
+            if recalled:  # whoever makes replicas next must know that the base is not that of those there are
+                self.forget_base_model()
+        self._checked.add(plan)
 
     @property
     def _base(self) -> PeftModel:

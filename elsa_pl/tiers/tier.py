@@ -5,6 +5,7 @@ and autocast, grad mode and dropout draws are thread-local, so each computation 
 bf16 would be ignored in silence, validation would build graphs and dropout would depend on scheduling.
 """
 
+import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -55,6 +56,12 @@ class Tier(L.LightningModule):
         """Forget the optimizer's state, as at the start of a global round."""
         self._optimizer = self._make_optimizer(self._trained) if self._trained else None
         self._initial_lrs = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
+
+    def take_optimizer_state(self, other: "Tier") -> None:
+        """Go on with the optimizer's state of another replica of the same part."""
+        if self._optimizer is not None and other._optimizer is not None:
+            # a copy: load_state_dict would share the tensors
+            self._optimizer.load_state_dict(copy.deepcopy(other._optimizer.state_dict()))
 
     @contextmanager
     def computing(self, key: StepKey) -> Iterator[None]:

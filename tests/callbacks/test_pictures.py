@@ -292,6 +292,11 @@ def test_those_that_fall_below_the_rest_are_named_and_the_honest_are_grey() -> N
     assert figure.get_suptitle() == "10 of 10 faulty clients and 0 of 40 honest ones fall below the rest"
 
 
+def test_trust_is_drawn_at_the_rounds_of_the_scorings() -> None:
+    (line,) = draw_trust({"a": [1.0, 0.9, 0.4]}, first_round=2, every=5).axes[0].lines
+    assert np.asarray(line.get_xdata()).tolist() == [2, 7, 12]
+
+
 def test_a_missed_faulty_client_and_a_suspected_honest_one_are_named() -> None:
     lines = {f"client-{index}": [1.0, 0.9] for index in range(20)}
     lines["client-4"] = [1.0, 0.2]

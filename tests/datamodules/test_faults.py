@@ -138,6 +138,14 @@ def test_too_small_a_fraction_earns_a_warning_and_good_settings_none(caplog: pyt
     assert "less than half of one of 4 clients" in caplog.text
 
 
+def test_slow_earns_a_warning_between_sites(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert FaultSettings(by_client={"north": "slow"}).of_site("south") == {}
+        assert not caplog.records
+        assert FaultSettings(by_client={"north": "slow"}).of_site("north") == {"north": "slow"}
+    assert "fault=slow has no effect at north: between sites time is real" in caplog.text
+
+
 def test_labels_are_flipped_shuffled_or_left() -> None:
     codes = np.array([0, 1, 2, 3, 4, 4])
     generator = np.random.default_rng(0)

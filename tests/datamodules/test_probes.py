@@ -35,14 +35,13 @@ def everything(data: FederatedTextDataModule) -> list[int]:
     words = [word for batch in data.eval_batches("validation") for word in first_words(batch)]
     for client, size in data.client_sizes.items():
         words += [word for index in range(size) for word in first_words(data.train_batch(client, index))]
-    return words + (in_order(data.probe_batches()) if data.has_probes else [])
+    return words + in_order(data.probe_batches())
 
 
 @pytest.mark.usefixtures("words")
 @pytest.mark.parametrize("partition", ["iid", "dirichlet", "sources"])
 def test_probes_are_taken_out_of_the_training_texts(train_file: str, partition: str) -> None:
     data = make(train_file, num_probes=12, batch_size=1, partition=partition, num_groups=2)
-    assert data.has_probes
     assert data.split_sizes == {"train": 78, "validation": 10}
     assert sum(data.client_sizes.values()) == 78
     probes = in_order(data.probe_batches())
@@ -54,7 +53,6 @@ def test_probes_are_taken_out_of_the_training_texts(train_file: str, partition: 
 @pytest.mark.usefixtures("words")
 def test_probes_leave_the_validation_rows_as_they_were_and_none_are_taken_unasked(train_file: str) -> None:
     plain, probed = make(train_file), make(train_file, num_probes=10)
-    assert not plain.has_probes
     assert [first_words(batch) for batch in plain.eval_batches("validation")] == [
         first_words(batch) for batch in probed.eval_batches("validation")
     ]
