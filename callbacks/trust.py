@@ -100,7 +100,9 @@ class TrustScoring(ProbingCallback):
 
     def on_fit_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if self._pictures and trainer.is_global_zero and self.history:
-            figure = pictures.draw_trust(self.history, first_round=self._warmup, min_trust=self._min_trust)
+            figure = pictures.draw_trust(
+                self.history, first_round=self._warmup, every=self._every, min_trust=self._min_trust
+            )
             pictures.save(figure, Path(trainer.default_root_dir) / "trust.png")
 
     def state_dict(self) -> dict[str, Any]:
