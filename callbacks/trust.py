@@ -12,7 +12,7 @@ from torch import Tensor
 
 from elsa_pl.callbacks import pictures
 from elsa_pl.callbacks.probing import Probed, ProbingCallback, agree, gather, log_agreed
-from elsa_pl.functional.trust import believe, coherence, consistency, smooth
+from elsa_pl.functional.trust import UNKNOWN, average, believe, coherence, consistency
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class TrustScoring(ProbingCallback):
 
     Args:
         min_trust: below it a client trains, but does not count.
-        smoothing: weight of the round before in the exponential average, in [0, 1).
+        smoothing: weight of the rounds before in the exponential average, in [0, 1).
         warmup_rounds: rounds before the first score; until then all clients are trusted. 1 scores the first round too.
         every_n_rounds: rounds between scores.
         probes: see `elsa_pl.callbacks.probing.ProbingCallback`; only for other projects.
@@ -61,7 +61,7 @@ class TrustScoring(ProbingCallback):
         if not 0 <= smoothing < 1:
             raise ValueError(f"smoothing must be in [0, 1); got {smoothing}")
         self._min_trust, self._smoothing, self._pictures = min_trust, smoothing, pictures
-        self._averages: dict[str, Tensor] = {}  # of score times evidence, evidence, and coherence, where it is gathered
+        self._averages: dict[str, Tensor] = {}  # of consistency and coherence, where clients are gathered
         self.trust: dict[str, float] = {}
         self.history: dict[str, list[float]] = {}
 
@@ -74,18 +74,17 @@ class TrustScoring(ProbingCallback):
 
     def _score(self, sent: dict[str, tuple[Tensor, ...]]) -> None:
         finite = [client for client, tensors in sent.items() if all(tensor.isfinite().all() for tensor in tensors)]
-        found = {client: torch.tensor([0.0, 1.0, 0.0]) for client in sent if client not in finite}
+        found = {client: torch.tensor([[0.0, 1.0], [0.0, 1.0]]) for client in sent if client not in finite}
         for client in found:
             log.warning("%s has no trust in this round: what it sent is not finite", client)
         if finite:
             predictions, updates = (torch.stack(parts) for parts in zip(*map(sent.__getitem__, finite), strict=True))
-            scores, evidence = consistency(predictions)
-            rows = torch.stack([scores * evidence, evidence, coherence(updates)], dim=1)
-            found.update(zip(finite, rows, strict=True))
-        for client, row in found.items():
-            self._averages[client] = smooth(self._averages.get(client), row, self._smoothing)
-            weighted_score, seen, coherent = self._averages[client]
-            self.trust[client] = float(torch.minimum(believe(weighted_score, seen), coherent))
+            views = [torch.stack(view, dim=1) for view in (consistency(predictions), coherence(updates))]
+            found.update(zip(finite, torch.stack(views, dim=1), strict=True))
+        for client, view in found.items():
+            averages = average(self._averages.get(client), view[:, 0], view[:, 1], self._smoothing)
+            consistent, coherent = believe(averages[:1], UNKNOWN), believe(averages[1:], 1.0)
+            self._averages[client], self.trust[client] = averages, torch.minimum(consistent, coherent).item()
         num_before = max(map(len, self.history.values()), default=0)
         for client, score in self.trust.items():  # who was not judged now keeps the score, and was trusted before
             self.history.setdefault(client, [1.0] * num_before).append(score)

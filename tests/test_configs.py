@@ -87,6 +87,10 @@ def test_quickstart(tmp_path: Path) -> None:
     summary = run.summary()
     assert summary["rounds"] == 1
     assert summary["bytes"]["total"] > 0
+    assert summary["seconds"]["simulated"] > 0
+    pictures = {"divergences.png", "clients.png", "trust.png", "assignment.png"}
+    assert pictures <= {path.name for path in run.folder.iterdir()}
+    assert {f"trust/client-{index}" for index in range(8)} <= run.metrics()[0].keys()
     for told in ("test_accuracy", "MB", str(run.folder / "adapter"), str(run.folder / "summary.json")):
         assert told in printed
     # the adapter in plain transformers and peft does what the run measured through the pipeline
@@ -182,19 +186,6 @@ def test_debug(tmp_path: Path) -> None:
     run = run_here(CONFIGS / "debug.yaml", tmp_path)
     assert run.summary()["rounds"] == 2
     assert (run.folder / "adapter" / "adapter_model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_fleet(tmp_path: Path) -> None:
-    few = ["--data.num_clients", "4", "--trainer.strategy.init_args.edge_rounds", "1"]
-    limits = ["--trainer.limit_val_batches", "1", "--trainer.limit_test_batches", "1"]
-    run = run_here(CONFIGS / "fleet.yaml", tmp_path, *REDUCED, *few, *limits)
-    assert {"divergences.png", "clients.png", "trust.png", "assignment.png"} <= {
-        path.name for path in run.folder.iterdir()
-    }
-    assert {f"trust/client-{index}" for index in range(4)} <= run.metrics()[0].keys()
-    assert run.metrics()[0]["simulated/time_s"] > 0
 
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")

@@ -3,7 +3,8 @@
 Two views, because each has its blind spot. *Consistency* compares predictions on public probes: it finds clients whose
 labels are wrong, but random adapters hardly change predictions and so look like an honest client's. *Coherence*
 compares the directions of the updates: it finds random ones, but wrong labels of real texts move the adapters much as
-right ones do. A client is trusted as far as the less favourable view allows.
+right ones do. Each view scores the clients of a round and says how much evidence there is for it; over the rounds both
+are averaged, and a client is trusted as far as the less favourable view allows.
 
 Shapes: N clients, Q probes, C classes, P parameters.
 """
@@ -15,13 +16,13 @@ import torch
 from torch import Tensor
 
 UNKNOWN: Final = 0.75
-"""Trust in a client whose predictions say nothing about its labels, and share of the median that earns full trust."""
+"""Trust in a client whose predictions say nothing about its labels, and share of the median that scores 1."""
 
 _LEAST_WEIGHT: Final = 0.05
 """Weight in the consensus of a client without trust, so that somebody is left to compare with when nobody has any."""
 
 _LITTLE_EVIDENCE: Final = 0.03
-"""Spread of a client's probabilities over the probes at which its score counts for half."""
+"""Evidence at which a score counts for half."""
 
 _ITERATIONS: Final = 10
 
@@ -98,41 +99,21 @@ def consistency(predictions: Tensor) -> tuple[Tensor, Tensor]:
         if middle <= 0:
             return torch.ones_like(scores), evidence
         scores = (agreement / (UNKNOWN * middle)).clamp(0, 1)
-        trust = believe(scores * evidence, evidence)
+        trust = believe(average(None, scores, evidence), UNKNOWN)
     return scores, evidence
 
 
-def believe(weighted_score: Tensor, evidence: Tensor) -> Tensor:
-    r"""Trust from scores of `consistency` and the evidence for them, of one round or averaged over several.
+def coherence(updates: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Whether each client's update resembles those of some others more than chance would have it.
 
     .. math::
-        T_n = \frac{\langle s_n c_n \rangle + 0.03\, \tau}{\langle s_n \rangle + 0.03}
-
-    A round in which a client said little moves its trust little, and a client that never says anything has
-    :math:`\tau` = `UNKNOWN`.
-
-    Args:
-        weighted_score: score times evidence. [N]
-        evidence: of the same rounds. [N]
-
-    Example:
-        >>> believe(torch.tensor([0.5, 0.0, 0.0]), torch.tensor([0.5, 0.5, 0.0]))
-        tensor([0.9858, 0.0425, 0.7500])
-    """
-    return (weighted_score + _LITTLE_EVIDENCE * UNKNOWN) / (evidence + _LITTLE_EVIDENCE)
-
-
-def coherence(updates: Tensor) -> Tensor:
-    r"""Trust in each client, from whether its update resembles those of some others more than chance would have it.
-
-    .. math::
-        T_n = \operatorname{clip}\left( \frac{h_n - 1.5 \sigma}{1.5 \sigma},\, 0,\, 1 \right), \qquad
+        c_n = \operatorname{clip}\left( \frac{h_n - 1.5 \sigma}{1.5 \sigma},\, 0,\, 1 \right), \qquad
         h_n = \operatorname{quantile}_{0.7} \{\cos(u_n, u_k) : k \ne n\}, \qquad \sigma = \frac{1}{\sqrt P}
 
     :math:`\sigma` is the standard deviation of the cosine of unrelated directions. Random updates lie within it of all
     others; reversed ones resemble, at first, only each other, which must be less than 30% of the clients. Honest
-    clients with unlike labels may point away from most others, but resemble some. Where the median client does not
-    reach :math:`3 \sigma`, the view says nothing and nobody is accused.
+    clients with unlike labels may point away from most others, but resemble some. As training converges honest updates
+    come to look random as well, so the evidence is by how much the median client exceeds :math:`3 \sigma`.
 
     Args:
         updates: what a client sent minus what it was given, flattened in one order for all. Leave out what is not the
@@ -140,7 +121,8 @@ def coherence(updates: Tensor) -> Tensor:
             [N, P]
 
     Returns:
-        Trust between 0 and 1. [N]
+        - scores c, between 0 and 1. [N]
+        - evidence, between 0 and 1, the same for all. [N]
 
     Raises:
         ValueError: another shape, or numbers that are not finite.
@@ -152,43 +134,79 @@ def coherence(updates: Tensor) -> Tensor:
     Example:
         >>> noise = torch.randn(5, 1000, generator=torch.Generator().manual_seed(0))
         >>> coherence(noise + torch.tensor([1.0, 1.0, 1.0, 0.0, -3.0])[:, None])
-        tensor([1., 1., 1., 0., 0.])
+        (tensor([1., 1., 1., 0., 0.]), tensor([0.3999, 0.3999, 0.3999, 0.3999, 0.3999]))
     """
     if updates.ndim != 2 or not len(updates):
         raise ValueError(f"expected updates [N, P] of at least one client; got {list(updates.shape)}")
     _require_finite(updates, "updates")
-    trust = torch.ones(len(updates))
+    scores, evidence = torch.ones(len(updates)), torch.zeros(len(updates))
     dimensions = int((updates != 0).any(0).sum())  # a hashed update of a small model has places that are never hit
     if len(updates) == 1 or not dimensions:
-        return trust
+        return scores, evidence
     directions = torch.nn.functional.normalize(updates.double(), dim=1)
     cosines = directions @ directions.T
     others = cosines[~torch.eye(len(updates), dtype=torch.bool)].view(len(updates), -1)
     resemblance = others.quantile(1 - _COMPANIONS, dim=1)
     noise = _NOISE / math.sqrt(dimensions)
-    if resemblance.quantile(0.5) <= 2 * noise:
-        return trust
-    return ((resemblance - noise) / noise).clamp(0, 1).float()
+    scores = ((resemblance - noise) / noise).clamp(0, 1).float()
+    return scores, evidence + (resemblance.quantile(0.5).float() - 2 * noise).clamp_min(0)
 
 
-def smooth(before: Tensor | None, now: Tensor, smoothing: float) -> Tensor:
-    r"""Exponential average over rounds: :math:`s\, x^{before} + (1 - s)\, x^{now}`.
+def average(before: Tensor | None, scores: Tensor, evidence: Tensor, smoothing: float = 0.0) -> Tensor:
+    r"""Exponential average of a view's scores over rounds, in which a round counts by its evidence.
+
+    With :math:`e` the evidence and :math:`c` the score, both :math:`e\,c` and :math:`e` are averaged:
+
+    .. math::
+        x \leftarrow x + (1 - s)\, \frac{e}{e + 0.03}\, (x^{now} - x)
+
+    so a round that says little neither tells much nor lets earlier ones be forgotten.
 
     Args:
-        before: the average of the rounds before; None in the first one.
-        now: what this round adds.
+        before: the average of the rounds before; None in the first one. [N, 2]
+        scores: of this round. [N]
+        evidence: for them. [N]
         smoothing: s, weight of the rounds before, in [0, 1).
+
+    Returns:
+        Averages of score times evidence, and of evidence. [N, 2]
 
     Raises:
         ValueError: a weight outside its range.
 
     Example:
-        >>> smooth(None, torch.tensor(0.8), 0.5), smooth(torch.tensor(0.8), torch.tensor(0.0), 0.5)
-        (tensor(0.8000), tensor(0.4000))
+        >>> average(None, torch.tensor([1.0, 0.5]), torch.tensor([0.4, 0.0]))
+        tensor([[0.4000, 0.4000],
+                [0.0000, 0.0000]])
     """
     if not 0 <= smoothing < 1:
         raise ValueError(f"expected 0 <= smoothing < 1; got {smoothing}: at 1 trust would never change")
-    return now if before is None else smoothing * before + (1 - smoothing) * now
+    now = torch.stack([scores * evidence, evidence], dim=-1)
+    if before is None:
+        return now
+    rate = (1 - smoothing) * evidence / (evidence + _LITTLE_EVIDENCE)
+    return before + rate.unsqueeze(-1) * (now - before)
+
+
+def believe(averages: Tensor, unknown: float) -> Tensor:
+    r"""Trust that averages of scores justify.
+
+    .. math::
+        T_n = \frac{\langle e_n c_n \rangle + 0.03\, \tau}{\langle e_n \rangle + 0.03}
+
+    Args:
+        averages: of `average`. [N, 2]
+        unknown: :math:`\tau`, trust without any evidence: `UNKNOWN` for `consistency`, 1 for `coherence`.
+
+    Returns:
+        Between 0 and 1. [N]
+
+    Example:
+        >>> believe(torch.tensor([[0.5, 0.5], [0.0, 0.5], [0.0, 0.0]]), 0.75)
+        tensor([0.9858, 0.0425, 0.7500])
+    """
+    weighted_score, evidence = averages.unbind(-1)
+    return (weighted_score + _LITTLE_EVIDENCE * unknown) / (evidence + _LITTLE_EVIDENCE)
 
 
 def _weights_of_others(trust: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from elsa_pl.functional.trust import UNKNOWN, believe, coherence, consistency, smooth
+from elsa_pl.functional.trust import UNKNOWN, average, believe, coherence, consistency
 
 LEAST_WEIGHT = 0.05
 """What a client without trust still weighs in a consensus."""
@@ -12,8 +12,7 @@ LEAST_WEIGHT = 0.05
 
 def trust_in(predictions: Tensor) -> Tensor:
     """Trust from one round's predictions alone."""
-    scores, evidence = consistency(predictions)
-    return believe(scores * evidence, evidence)
+    return believe(average(None, *consistency(predictions)), UNKNOWN)
 
 
 def draw(num_clients: int, num_probes: int, num_classes: int, seed: int = 0) -> Tensor:
@@ -100,9 +99,10 @@ def test_coherence_against_the_slow_loop(shape: tuple[int, int]) -> None:
         ]
         resemblance.append(torch.stack(cosines).quantile(0.7).item())
     expected = [min(1.0, max(0.0, (value - noise) / noise)) for value in resemblance]
-    if torch.tensor(resemblance).quantile(0.5) <= 2 * noise:
-        expected = [1.0] * shape[0]
-    torch.testing.assert_close(coherence(updates), torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    scores, evidence = coherence(updates)
+    torch.testing.assert_close(scores, torch.tensor(expected), atol=1e-4, rtol=1e-4)
+    middle = torch.tensor(resemblance).quantile(0.5).item()
+    assert evidence.tolist() == pytest.approx([max(0.0, middle - 2 * noise)] * shape[0], abs=1e-5)
 
 
 @pytest.mark.parametrize("num_faulty", [1, 3, 4])
@@ -126,13 +126,13 @@ def test_rounds_in_which_a_client_says_little_move_its_trust_little() -> None:
     """One round of clear lies, and one in which the client predicts the same for all probes."""
     clear, vague = federation(1), federation(1)
     vague[-1] = vague[-1].mean(0)
-    averages = None
-    for predictions in (clear, vague):
-        scores, evidence = consistency(predictions)
-        averages = smooth(averages, torch.stack([scores * evidence, evidence]), 0.5)
-    assert averages is not None
-    assert believe(*averages)[-1] < 0.2
-    assert (trust_in(clear)[-1] + trust_in(vague)[-1]) / 2 > 0.3
+    averages = average(None, *consistency(clear), 0.5)
+    for _ in range(3):
+        averages = average(averages, *consistency(vague), 0.5)
+    assert believe(averages, UNKNOWN)[-1] < 0.1
+    assert trust_in(vague)[-1] > 0.7
+    averages = average(averages, *consistency(federation(0)), 0.5)
+    assert believe(averages, UNKNOWN)[-1] > 0.4, "what it says clearly counts at once"
 
 
 def test_saying_little_counts_little() -> None:
@@ -156,16 +156,28 @@ def test_random_and_reversed_updates_stand_out(seed: int) -> None:
     updates[9] = torch.randn(20_000, generator=generator) * updates[0].norm() / 20_000**0.5
     updates[10] *= -3
     updates[11] *= -300
-    trust = coherence(updates)
+    scores, evidence = coherence(updates)
+    assert scores[:9].min() == 1
+    assert scores[9:].max() == 0
+    trust = believe(average(None, scores, evidence), 1.0)
     assert trust[:9].min() == 1
-    assert trust[9:].max() == 0
+    assert trust[9:].max() < 0.5
 
 
 def test_an_honest_minority_that_points_away_from_the_rest_is_trusted() -> None:
     generator = torch.Generator().manual_seed(0)
     common = torch.randn(4096, generator=generator)
     updates = torch.cat([common.expand(7, -1), -common.expand(5, -1)]) + torch.randn(12, 4096, generator=generator)
-    assert coherence(updates).tolist() == [1.0] * 12
+    scores, evidence = coherence(updates)
+    assert scores.tolist() == [1.0] * 12
+    assert evidence.min() > 0.1
+
+
+def test_where_nobody_agrees_there_is_no_evidence() -> None:
+    updates = torch.randn(12, 4096, generator=torch.Generator().manual_seed(0))
+    scores, evidence = coherence(updates)
+    assert evidence.tolist() == [0.0] * 12
+    assert believe(average(None, scores, evidence), 1.0).tolist() == [1.0] * 12
 
 
 def test_random_updates_of_a_small_model_stand_out_after_hashing() -> None:
@@ -174,14 +186,14 @@ def test_random_updates_of_a_small_model_stand_out_after_hashing() -> None:
     updates = torch.zeros(10, 4096)
     updates[:, ::70] = torch.randn(59, generator=generator) + 0.3 * torch.randn(10, 59, generator=generator)
     updates[9, ::70] = torch.randn(59, generator=generator)
-    trust = coherence(updates)
-    assert trust[:9].min() == 1
-    assert trust[9] < 0.5
+    scores, _ = coherence(updates)
+    assert scores[:9].min() == 1
+    assert scores[9] < 0.5
 
 
 def test_one_client_is_trusted() -> None:
     assert consistency(draw(1, 5, 3))[0].tolist() == [1.0]
-    assert coherence(torch.randn(1, 4)).tolist() == [1.0]
+    assert coherence(torch.randn(1, 4))[0].tolist() == [1.0]
 
 
 def test_identical_clients_are_trusted_alike() -> None:
@@ -189,20 +201,21 @@ def test_identical_clients_are_trusted_alike() -> None:
     assert trust.unique().numel() == 1
     assert trust[0] > 0.9
     updates = torch.randn(1, 30, generator=torch.Generator().manual_seed(0)).expand(6, -1)
-    assert coherence(updates).tolist() == [1.0] * 6
+    assert coherence(updates)[0].tolist() == [1.0] * 6
 
 
 def test_two_opposite_clients_are_trusted() -> None:
     """Neither agrees with the other, and nobody can tell which is wrong."""
-    assert coherence(torch.tensor([[1.0, 2.0], [-1.0, -2.0]])).tolist() == [1.0, 1.0]
+    averages = average(None, *coherence(torch.tensor([[1.0, 2.0], [-1.0, -2.0]])))
+    assert believe(averages, 1.0).tolist() == [1.0, 1.0]
     assert consistency(federation(1, num_clients=2))[0].tolist() == [1.0, 1.0]
 
 
 def test_clients_that_changed_nothing() -> None:
-    assert coherence(torch.zeros(4, 30)).tolist() == [1.0] * 4
+    assert coherence(torch.zeros(4, 30))[0].tolist() == [1.0] * 4
     updates = torch.randn(5, 30, generator=torch.Generator().manual_seed(0)) + 2
     updates[2] = 0
-    assert coherence(updates).tolist() == [1, 1, 0, 1, 1]
+    assert coherence(updates)[0].tolist() == [1, 1, 0, 1, 1]
     scores, evidence = consistency(torch.full((4, 5, 3), 1 / 3))
     assert scores.tolist() == [1.0] * 4
     assert evidence.tolist() == pytest.approx([0.0] * 4, abs=1e-6)
@@ -214,17 +227,20 @@ def test_certain_predictions_stay_finite() -> None:
     assert trust_in(predictions).isfinite().all()
 
 
-def test_smoothing() -> None:
-    average = None
-    for now, expected in [(1.0, 1.0), (0.0, 0.75), (0.0, 0.5625), (1.0, 0.671875)]:
-        average = smooth(average, torch.tensor(now), 0.75)
-        assert average == expected
+def test_averages_of_rounds() -> None:
+    before = torch.tensor([[0.2, 0.4]])
+    score, evidence = 0.5, 0.1
+    rate = 0.75 * evidence / (evidence + 0.03)
+    expected = [[0.2 + rate * (score * evidence - 0.2), 0.4 + rate * (evidence - 0.4)]]
+    found = average(before, torch.tensor([score]), torch.tensor([evidence]), 0.25)
+    torch.testing.assert_close(found, torch.tensor(expected))
+    torch.testing.assert_close(average(before, torch.ones(1), torch.zeros(1), 0.0), before)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_smoothing_out_of_range(smoothing: float) -> None:
     with pytest.raises(ValueError, match=r"0 <= smoothing < 1; got"):
-        smooth(torch.tensor(0.5), torch.tensor(0.5), smoothing)
+        average(None, torch.ones(2), torch.ones(2), smoothing)
 
 
 def test_bad_predictions() -> None:
