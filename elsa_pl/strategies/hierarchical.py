@@ -1,11 +1,9 @@
-"""The Lightning strategy of a federation in two levels: processes, collectives, clients in flight, aggregation.
+"""The Lightning strategy of a federation in two levels: processes, clients in flight, aggregation.
 
-Lightning asks a strategy for processes and collectives; this one answers both over RPC, because a process group could
-not outlive a member. One epoch is one global round. The last batch of each edge round ends with `aggregate` at every
-edge, and the last batch of the epoch with `aggregate` at the cloud, before validation looks at the model.
+One epoch is one global round. The last batch of each edge round ends with `aggregate` at every edge, and the last batch
+of the epoch with `aggregate` at the cloud, before validation looks at the model.
 """
 
-import io
 import logging
 from pathlib import Path
 from typing import Any, cast
@@ -13,10 +11,9 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch.strategies import ParallelStrategy
 from torch import Tensor
 
-from elsa_pl.errors import ConfigurationError, ElsaError, LaunchError, RunFailed
+from elsa_pl.errors import ConfigurationError, LaunchError
 from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
@@ -28,6 +25,7 @@ from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
 from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_overridden
+from elsa_pl.strategies.collectives import RpcStrategy
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
@@ -41,7 +39,7 @@ _RPC_THREADS_PER_PASS = 2
 _SPARE_RPC_THREADS = 8
 
 
-class HierarchicalStrategy(ParallelStrategy):
+class HierarchicalStrategy(RpcStrategy):
     """Split and hierarchical federated training over RPC.
 
     Args:
@@ -100,7 +98,7 @@ class HierarchicalStrategy(ParallelStrategy):
         call_timeout_s: float = 120.0,
         round_timeout_s: float = 900.0,
     ) -> None:
-        super().__init__(cluster_environment=RoleEnvironment())
+        super().__init__()
         counts = {
             "num_edges": num_edges,
             "num_hosts": num_hosts,
@@ -142,7 +140,6 @@ class HierarchicalStrategy(ParallelStrategy):
         self.call_timeout_s, self.round_timeout_s = call_timeout_s, round_timeout_s
 
         self.log_dir = Path("runs")
-        self._world: World | None = None
         self._rounds: Rounds | None = None
         self._launched: Address | None = None
         self._fleet: Fleet | None = None
@@ -238,17 +235,6 @@ class HierarchicalStrategy(ParallelStrategy):
         """Whether hidden states go from GPU to GPU; otherwise they cross as CPU tensors."""
         return self.client_device.type == self.edge_device.type == "cuda"
 
-    @property
-    def world(self) -> World:
-        """The processes of the run, once they have met."""
-        assert self._world is not None, "the processes have not met yet"
-        return self._world
-
-    @property
-    def running(self) -> bool:
-        """Whether RPC runs in this process."""
-        return self._world is not None and bool(self._world.members)
-
     def shutdown(self, *, success: bool) -> None:
         """End RPC and the processes that this one started. Safe to call twice."""
         if self._rounds is not None:
@@ -261,71 +247,6 @@ class HierarchicalStrategy(ParallelStrategy):
             self._processes.undo()
         elif self._processes is not None:
             self._processes.end(patience_s=10.0 if success else 3.0)
-
-    # ---- what Lightning asks of a strategy -------------------------------------------------------------------
-
-    @property
-    def root_device(self) -> torch.device:
-        return torch.device("cpu")  # the global adapters; tiers have devices of their own
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.global_rank == 0
-
-    def model_to_device(self) -> None:
-        """The tiers place themselves."""
-
-    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        return batch  # each client moves its own
-
-    def barrier(self, name: str | None = None) -> None:
-        if self.running:  # Lightning also calls it after an error, when there may be nobody to meet
-            self.world.exchange(None)
-
-    def broadcast(self, obj: Any, src: int = 0) -> Any:
-        assert src == 0, "only the cloud broadcasts"
-        return self.world.exchange(obj if self.is_global_zero else None)[self.world.cloud]
-
-    def gather(self, tensor: Tensor, group: Any = None) -> list[Tensor]:
-        """The tensors of all processes, in rank order (the form that torchmetrics asks for)."""
-        return list(self.world.exchange(tensor.detach().cpu()).values())
-
-    def all_gather(self, tensor: Tensor, group: Any = None, sync_grads: bool = False) -> Tensor:
-        return torch.stack(self.gather(tensor))
-
-    def reduce(self, tensor: Any, group: Any = None, reduce_op: Any = "mean") -> Any:
-        if not isinstance(tensor, Tensor):
-            return tensor
-        stacked = torch.stack(self.gather(tensor))
-        name = str(reduce_op).lower()
-        for known, function in (("sum", torch.sum), ("max", torch.amax), ("min", torch.amin)):
-            if known in name:
-                return function(stacked, dim=0).to(tensor.dtype)
-        return stacked.double().mean(0).to(tensor.dtype if tensor.is_floating_point() else torch.get_default_dtype())
-
-    def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:
-        decisions: list[bool] = list(self.world.exchange(bool(decision)).values())
-        return min(decisions) if all else max(decisions)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read on the cloud, where checkpoints are written, and share: other sites do not have the file."""
-        content: Tensor | None = None
-        if self.is_global_zero:
-            content = torch.frombuffer(bytearray(Path(checkpoint_path).read_bytes()), dtype=torch.uint8)
-        content = self.broadcast(content)
-        return cast(dict[str, Any], torch.load(io.BytesIO(content.numpy().tobytes()), weights_only=True))
-
-    def on_exception(self, exception: BaseException) -> None:
-        """Tell the others why this process ends, so that they end too, with the same reason."""
-        if not self.running or isinstance(exception, RunFailed):
-            return
-        if not self.is_global_zero and not isinstance(exception, Exception):
-            return  # told to leave: the run may go on without this process
-        text = str(exception) if isinstance(exception, ElsaError) else f"{type(exception).__name__}: {exception}"
-        self.world.fail(text if self.is_global_zero else f"{self.world.worker}: {text}")
-
-    def teardown(self) -> None:
-        """Lightning calls it after every Trainer function; the processes stay for the next one."""
 
     # ---- what the data module asks (elsa_pl.datamodules.federated.Federation) ------------------------------------
 
