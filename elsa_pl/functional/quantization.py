@@ -165,7 +165,7 @@ def dequantize(
     computed = torch.promote_types(dtype, torch.float32)
     codes = packed.view(torch.int8) if format.bits == 8 else _unpack_pairs(packed, width)
     blocks = _in_blocks(codes.to(computed), format)
-    return (blocks * scales.to(computed).unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)
+    return blocks.mul_(scales.to(computed).unsqueeze(-1)).flatten(-2)[..., :width].to(dtype)
 
 
 def fake_quantize(states: Tensor, format: BlockFormat, *, gradients: bool = False) -> Tensor:
