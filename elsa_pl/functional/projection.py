@@ -1,0 +1,166 @@
+"""Linear projections of hidden states onto fewer numbers: the best fixed ones, and ones that learn.
+
+Among all linear codecs of one width, sending the coordinates along the principal directions loses least of the states
+they were computed from. What a task needs may lie elsewhere, so `LinearEncoder` and `LinearDecoder` start at the
+principal directions and train with the adapters. They are two modules because they live at the two ends of a link.
+
+Backward is exact everywhere: the gradient of the K numbers crosses the link backwards. Numbers that are not finite are
+not looked for: they spread over the whole state.
+
+Shapes: Q calibration states, D hidden, K transmitted width, * any number of leading dimensions.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from elsa_pl.functional.fingerprints import principal_directions
+from elsa_pl.functional.states import linear, require_calibration_states
+
+
+def principal_projection(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    r"""Mean and principal directions of calibration states.
+
+    With :math:`\lambda_1 \ge \lambda_2 \ge \dots` the eigenvalues of their covariance, `decode` of `encode` loses
+
+    .. math::
+        E \lVert \hat x - x \rVert^2 = \sum_{i > K} \lambda_i
+
+    on these states, the least that any K linear numbers can lose (Eckart and Young 1936).
+
+    Args:
+        states: hidden states of public texts at the cut, padding left out. [Q, D]
+        width: K, 1 <= K <= D and K < Q. The compression ratio is D / K.
+
+    Returns:
+        Mean [D] and orthonormal components [D, K], in the states' own dtype. The sign of each component is fixed, but
+        components of equal strength may come out differently on other hardware: compute them in one place.
+
+    Raises:
+        ValueError: states that are no finite matrix, a width outside its range, or states that vary in fewer than
+            `width` directions.
+
+    Source:
+        Pearson 1901, "On lines and planes of closest fit". The directions are those of `principal_directions`.
+
+    Example:
+        >>> states = torch.tensor([[1.0, 3.0], [1.0, -3.0], [2.0, 0.0], [0.0, 0.0]])
+        >>> mean, components = principal_projection(states, 1)
+        >>> decode(encode(states, mean, components), mean, components)
+        tensor([[ 1.,  3.],
+                [ 1., -3.],
+                [ 1.,  0.],
+                [ 1.,  0.]])
+    """
+    require_calibration_states(states)
+    components = principal_directions(states, width)
+    return states.double().mean(0).to(states.dtype), components
+
+
+def encode(states: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    r"""Coordinates along the components: :math:`t = (x - \mu)\, V`.
+
+    Args:
+        states: [*, D]
+        mean: [D]
+        components: V, orthonormal columns. [D, K]
+
+    Returns:
+        In the states' dtype. [*, K]
+
+    Raises:
+        ValueError: states of another width, or of no floating-point dtype.
+
+    Example:
+        >>> encode(torch.tensor([5.0, 3.0]), torch.tensor([1.0, 0.0]), torch.eye(2)[:, :1])
+        tensor([4.])
+    """
+    return linear(states, components, -mean @ components)
+
+
+def decode(codes: Tensor, mean: Tensor, components: Tensor) -> Tensor:
+    r"""The states with these coordinates that lie nearest to the mean: :math:`\hat x = \mu + t\, V^T`.
+
+    Args:
+        codes: from `encode`. [*, K]
+        mean: [D]
+        components: V. [D, K]
+
+    Returns:
+        In the dtype of `codes`. [*, D]
+
+    Raises:
+        ValueError: codes of another width, or of no floating-point dtype.
+
+    Example:
+        >>> decode(torch.tensor([4.0]), torch.tensor([1.0, 0.0]), torch.eye(2)[:, :1])
+        tensor([5., 0.])
+    """
+    return linear(codes, components.T, mean)
+
+
+class LinearEncoder(nn.Module):
+    r"""The sender's half of a learned projection: :math:`t = (x - \mu)\, E`, with E at first the components.
+
+    The mean stays: a learned one would only shift what the decoder's bias shifts as well.
+
+    Args:
+        mean: from `principal_projection`. [D]
+        components: from `principal_projection`. [D, K]
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> encoder = LinearEncoder(torch.zeros(4), torch.eye(4)[:, :2])
+        >>> encoder(torch.ones(3, 4)).shape, [name for name, _ in encoder.named_parameters()]
+        (torch.Size([3, 2]), ['weight'])
+    """
+
+    mean: Tensor
+
+    def __init__(self, mean: Tensor, components: Tensor) -> None:
+        super().__init__()
+        _require_fit(mean, components)
+        self.register_buffer("mean", mean.detach().clone())
+        self.weight = nn.Parameter(components.detach().clone())
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Encode: [*, D] -> [*, K]."""
+        return encode(states, self.mean, self.weight)
+
+
+class LinearDecoder(nn.Module):
+    r"""The receiver's half of a learned projection: :math:`\hat x = b + t\, G`.
+
+    At first G is the transpose of the components and b the mean.
+
+    Args:
+        mean: from `principal_projection`. [D]
+        components: from `principal_projection`. [D, K]
+
+    Raises:
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> decoder = LinearDecoder(torch.zeros(4), torch.eye(4)[:, :2])
+        >>> decoder(torch.ones(3, 2)).shape, [name for name, _ in decoder.named_parameters()]
+        (torch.Size([3, 4]), ['weight', 'bias'])
+    """
+
+    def __init__(self, mean: Tensor, components: Tensor) -> None:
+        super().__init__()
+        _require_fit(mean, components)
+        self.weight = nn.Parameter(components.detach().T.clone(memory_format=torch.contiguous_format))
+        self.bias = nn.Parameter(mean.detach().clone())
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Decode: [*, K] -> [*, D]."""
+        return linear(codes, self.weight, self.bias)
+
+
+def _require_fit(mean: Tensor, components: Tensor) -> None:
+    if mean.ndim != 1 or components.ndim != 2 or components.shape[0] != len(mean):
+        raise ValueError(
+            f"expected mean [D] and components [D, K]; got {list(mean.shape)} and {list(components.shape)}: take both "
+            "from principal_projection()"
+        )
