@@ -84,7 +84,8 @@ class TrustScoring(ProbingCallback):
         for client, view in found.items():
             averages = average(self._averages.get(client), view[:, 0], view[:, 1], self._smoothing)
             consistent, coherent = believe(averages[:1], UNKNOWN), believe(averages[1:], 1.0)
-            self._averages[client], self.trust[client] = averages, torch.minimum(consistent, coherent).item()
+            self._averages[client] = averages
+            self.trust[client] = torch.minimum(consistent, coherent).item() if client in finite else 0.0
         num_before = max(map(len, self.history.values()), default=0)
         for client, score in self.trust.items():  # who was not judged now keeps the score, and was trusted before
             self.history.setdefault(client, [1.0] * num_before).append(score)
@@ -105,8 +106,10 @@ class TrustScoring(ProbingCallback):
             pictures.save(figure, Path(trainer.default_root_dir) / "trust.png")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"trust": self.trust, "history": self.history, "averages": self._averages}
+        averages = {client: averages.tolist() for client, averages in self._averages.items()}
+        return {"trust": self.trust, "history": self.history, "averages": averages}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.trust, self._averages = dict(state_dict["trust"]), dict(state_dict["averages"])
+        self.trust = dict(state_dict["trust"])
+        self._averages = {client: torch.tensor(averages) for client, averages in state_dict["averages"].items()}
         self.history = {client: list(scores) for client, scores in state_dict["history"].items()}
