@@ -476,7 +476,7 @@ def test_identical_clients_are_one_trusted_group(base: Settings, tmp_path: Path)
 def test_one_client(base: Settings, tmp_path: Path) -> None:
     alone = {"data.num_clients": 1, "data.partition": "iid", "strategy.num_edges": 1, "trainer.max_epochs": 2}
     run = run_here(tmp_path, "one", with_callbacks(base, ALL, **alone))
-    assert state_of(run, "TrustScoring")["trust"] == {"client-0": 1.0}
+    assert 0.75 <= state_of(run, "TrustScoring")["trust"]["client-0"] <= 1
     assert state_of(run, "BehaviorClustering")["clusters"] == {"client-0": 0}
 
 
