@@ -27,7 +27,13 @@ processes may be defined in this file: it is called `__main__` here and somethin
 """
 
 import os
+import signal
 import sys
+
+# Until `main` takes over nothing has begun, and Ctrl-C ends the process at once. Python's own KeyboardInterrupt would
+# rise inside an import, and some of what is imported swallows it or takes it for a missing module.
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Read when torch is loaded. Below errors, its C++ side repeats for the rest of a run that a peer is gone.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
