@@ -43,7 +43,7 @@ TRUST_STEPS, TRUST_BATCH, JUDGED_AFTER = 20, 8, 3
 FAULTS: dict[str, dict[str, Any]] = {"flipped_labels": {}, "sign_flip": {"fault_scale": 3}, "random": {}}
 CLUSTERING: dict[str, Any] = {
     "class_path": "BehaviorClustering",
-    "init_args": {"num_clusters": NUM_GROUPS, "pictures": False},
+    "init_args": {"num_clusters": NUM_GROUPS, "every_n_rounds": 1, "pictures": False},
 }
 TRUST = {"class_path": "TrustScoring", "init_args": {"pictures": False}}
 RECORDERS = "benchmarks.recorder"
@@ -124,9 +124,8 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
             more |= {"faulty_fraction": faulty / NUM_CLIENTS, "fault": "flipped_labels"}
         data = data_settings(data_set, data_root, seed, more)
         settings = common(data, WARMUP_ROUNDS, WARMUP_STEPS)
-        recorder = {"class_path": f"{RECORDERS}.UpdateRecorder", "init_args": {"path": str(output / f"{name}.pt")}}
-        clustering = {**CLUSTERING, "init_args": {**CLUSTERING["init_args"], "every_n_rounds": 1}}
-        jobs.append((name, {**settings, "trainer.callbacks": [clustering, recorder], "trainer.limit_val_batches": 0}))
+        recorder = {"class_path": f"{RECORDERS}.UpdateRecorder"}
+        jobs.append((name, {**settings, "trainer.callbacks": [CLUSTERING, recorder], "trainer.limit_val_batches": 0}))
         module = FederatedTextDataModule(**data)
         module.load()
         truths[name] = (module.client_groups or {}, module.client_faults)
@@ -143,7 +142,7 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
             state = state_of(folders[name], "BehaviorClustering")
             honest = [place for place, client in enumerate(state["names"]) if client not in faults]
             expected = [truth[state["names"][place]] for place in honest]
-            updates = torch.load(output / f"{name}.pt", weights_only=True)[WARMUP_ROUNDS]
+            updates = torch.load(folders[name] / "updates.pt", weights_only=True)[WARMUP_ROUNDS]
             moved = torch.stack([updates[client] for client in state["names"]])
             for kind, matrix, count in (
                 ("given", state["divergences"], NUM_GROUPS),
@@ -187,18 +186,17 @@ def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, 
         # the same clients are faulty whatever their fault, and without them it does not matter
         faulty = {"faulty_fraction": 0.25, "fault": fault or "flipped_labels", **FAULTS.get(fault or "", {})}
         data = data_settings(data_set, data_root, seed, more | faulty)
-        module = FederatedTextDataModule(**data)
-        module.load()
-        truths[data_set, seed] = module.client_faults
+        if (data_set, seed) not in truths:
+            module = FederatedTextDataModule(**data)
+            module.load()
+            truths[data_set, seed] = module.client_faults
         for way in ways:
             if way == "without" and fault is not None:
                 continue
             name = f"trust-{data_set}-{fault}-{way}-{rounds}-{seed}"
             setting: dict[str, Any] = {"trainer.limit_val_batches": 0}  # the last round is tested, not the best
             if way == "trust":
-                path = {"path": str(output / f"{name}.pt")}
-                judge = {"class_path": f"{RECORDERS}.PredictionRecorder", "init_args": path}
-                setting["trainer.callbacks"] = [TRUST, judge]
+                setting["trainer.callbacks"] = [TRUST, {"class_path": f"{RECORDERS}.PredictionRecorder"}]
             elif way == "without":
                 leaving_out = {"clients": sorted(truths[data_set, seed])}
                 setting["trainer.callbacks"] = [{"class_path": f"{RECORDERS}.LeaveOut", "init_args": leaving_out}]
@@ -216,7 +214,7 @@ def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, 
             for seed in SEEDS:
                 name, _ = jobs[data_set, fault, "trust", seed]
                 history = state_of(folders[name], "TrustScoring")["history"]
-                said = torch.load(output / f"{name}.pt", weights_only=True)[:JUDGED_AFTER]
+                said = torch.load(folders[name] / "predictions.pt", weights_only=True)[:JUDGED_AFTER]
                 ours = {client: scores[JUDGED_AFTER - 1] for client, scores in history.items()}
                 for row, scores in zip(areas, (ours, divergence_scores(said)), strict=True):
                     truth = [client in truths[data_set, seed] for client in scores]

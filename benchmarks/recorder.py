@@ -14,14 +14,10 @@ from elsa_pl.callbacks.probing import Probed, ProbingCallback, gather
 class UpdateRecorder(Callback):
     """Writes at the end, by round and client, the submitted LoRA adapters less the global ones, as one vector.
 
-    For runs in layout ``single``, where all updates are at hand.
-
-    Args:
-        path: of the file.
+    Into ``updates.pt`` of the run's folder. For runs in layout ``single``, where all updates are at hand.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = Path(path)
+    def __init__(self) -> None:
         self._rounds: dict[int, dict[str, Tensor]] = {}
 
     def on_before_aggregate(self, trainer: L.Trainer, scope: str, updates: list[Any]) -> list[Any]:
@@ -36,26 +32,27 @@ class UpdateRecorder(Callback):
         return updates
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        torch.save(self._rounds, self._path)
+        torch.save(self._rounds, Path(trainer.default_root_dir) / "updates.pt")
 
 
 class PredictionRecorder(ProbingCallback):
-    """Writes after each round, for each round until then, what the clients' models predict for the probes.
+    """Writes at the end, by round, what the clients' models predict for the probes.
 
-    Args:
-        path: of the file.
+    Into ``predictions.pt`` of the run's folder.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self) -> None:
         super().__init__(None, warmup_rounds=1, every_n_rounds=1)
-        self._path = Path(path)
         self._rounds: list[dict[str, Tensor]] = []
 
     def on_clients_probed(self, trainer: L.Trainer, probed: Probed) -> None:
         gathered = gather(trainer, {client: (predictions,) for client, (_, predictions, _) in probed.items()})
         if gathered is not None:
             self._rounds.append({client: predictions for client, (predictions,) in gathered.items()})
-            torch.save(self._rounds, self._path)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            torch.save(self._rounds, Path(trainer.default_root_dir) / "predictions.pt")
 
 
 class LeaveOut(Callback):

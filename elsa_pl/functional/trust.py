@@ -95,7 +95,7 @@ def consistency(predictions: Tensor) -> tuple[Tensor, Tensor]:
         strength = mean_vote.std((1, 2), keepdim=True, correction=0).clamp_min(torch.finfo(votes.dtype).tiny)
         answers = (mean_vote / strength).softmax(2)
         agreement = _correlation(said, answers - answers.mean(1, keepdim=True))
-        middle = _weighted_median(agreement, evidence / (evidence + _LITTLE_EVIDENCE))
+        middle = _weighted_median(agreement, _weight(evidence))
         if middle <= 0:
             return torch.ones_like(scores), evidence
         scores = (agreement / (UNKNOWN * middle)).clamp(0, 1)
@@ -184,7 +184,7 @@ def average(before: Tensor | None, scores: Tensor, evidence: Tensor, smoothing: 
     now = torch.stack([scores * evidence, evidence], dim=-1)
     if before is None:
         return now
-    rate = (1 - smoothing) * evidence / (evidence + _LITTLE_EVIDENCE)
+    rate = (1 - smoothing) * _weight(evidence)
     return before + rate.unsqueeze(-1) * (now - before)
 
 
@@ -207,6 +207,11 @@ def believe(averages: Tensor, unknown: float) -> Tensor:
     """
     weighted_score, evidence = averages.unbind(-1)
     return (weighted_score + _LITTLE_EVIDENCE * unknown) / (evidence + _LITTLE_EVIDENCE)
+
+
+def _weight(evidence: Tensor) -> Tensor:
+    """How much evidence counts, from 0 to 1."""
+    return evidence / (evidence + _LITTLE_EVIDENCE)
 
 
 def _weights_of_others(trust: Tensor) -> Tensor:
