@@ -1,9 +1,19 @@
-"""Lightning callbacks that other projects can use too: of elsa_pl they need `elsa_pl.functional` only."""
+"""Lightning callbacks that other projects can use too: of elsa_pl they need `functional` and `links` only."""
 
 from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering
+from elsa_pl.callbacks.links import LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.callbacks.progress import RoundProgress
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
 from elsa_pl.callbacks.trust import TrustScoring
 
-__all__ = ["BehaviorClustering", "LatencyAwareAssignment", "ResourceAwareSplitting", "RoundProgress", "TrustScoring"]
+__all__ = [
+    "BehaviorClustering",
+    "LatencyAwareAssignment",
+    "LinkProjection",
+    "LinkQuantization",
+    "ResourceAwareSplitting",
+    "RoundProgress",
+    "SketchCompression",
+    "TrustScoring",
+]

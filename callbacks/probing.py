@@ -76,17 +76,17 @@ class ProbingCallback(Callback):
         raise NotImplementedError
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not _is_federated(trainer):
+        if not is_federated(trainer):
             if self._said_first is None:
                 self._said_first = agree(trainer, self._evaluate(pl_module))
             self.on_base_probed(trainer, *self._said_first)
 
     def on_train_epoch_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not _is_federated(trainer):
+        if not is_federated(trainer):
             self._given = {name: value.detach().clone() for name, value in _trained(pl_module)}
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        if not _is_federated(trainer) and self.probes_due(trainer):
+        if not is_federated(trainer) and self.probes_due(trainer):
             update = hashed_update(self._given, dict(_trained(pl_module)))
             self.on_clients_probed(trainer, {f"rank-{trainer.global_rank}": (*self._evaluate(pl_module), update)})
 
@@ -114,7 +114,7 @@ class ProbingCallback(Callback):
 def gather(trainer: "pl.Trainer", found: Mapping[str, tuple[Tensor, ...]]) -> Named | None:
     """Bring tensors of all clients together, under `elsa_pl`'s strategy at the cloud only (elsewhere None)."""
     strategy: Any = trainer.strategy
-    if _is_federated(trainer):
+    if is_federated(trainer):
         return cast(Named | None, strategy.gather_clients(dict(found)))
     if trainer.world_size == 1:
         return dict(found)
@@ -132,7 +132,7 @@ def companion(trainer: "pl.Trainer", kind: type[Companion]) -> Companion | None:
 def log_agreed(trainer: "pl.Trainer", values: Mapping[str, float]) -> None:
     """Log what is the same in every process."""
     # another strategy's ranks would be told to synchronise; ours need not, and each value would cost a collective
-    sync = not _is_federated(trainer)
+    sync = not is_federated(trainer)
     trainer.lightning_module.log_dict(dict(values), on_step=False, on_epoch=True, batch_size=1, sync_dist=sync)
 
 
@@ -141,7 +141,7 @@ def agree(trainer: "pl.Trainer", value: Value) -> Value:
     return trainer.strategy.broadcast(value, 0)
 
 
-def _is_federated(trainer: "pl.Trainer") -> bool:
+def is_federated(trainer: "pl.Trainer") -> bool:
     return hasattr(trainer.strategy, "gather_clients")
 
 

@@ -231,6 +231,7 @@ class ElsaCLI(LightningCLI):
         if not site:
             _check_names("client_plans", model.client_plans, data.client_names)
         model.prepare(data.num_labels if model.task == "classification" else None)
+        model.check_links(self.trainer)
         if self.subcommand == "fit":
             strategy.check_probes(self.trainer, model, data)
         if not site:

@@ -22,6 +22,7 @@ _LINKS = (
     "adapters/up",
     "adapters/down",
     "behaviour/up",
+    "calibration/down",
 )
 
 

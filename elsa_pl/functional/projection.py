@@ -1,8 +1,8 @@
-"""Linear projections of hidden states onto fewer numbers: the best fixed ones, and ones that learn.
+"""Linear projections of hidden states onto fewer numbers.
 
 Among all linear codecs of one width, sending the coordinates along the principal directions loses least of the states
-they were computed from. What a task needs may lie elsewhere, so `LinearEncoder` and `LinearDecoder` start at the
-principal directions and train with the adapters. They are two modules because they live at the two ends of a link.
+they were computed from. What a task needs may lie elsewhere, so the ends of `elsa_pl.links.stages.ProjectionStage`
+start at the principal directions and train with the adapters.
 
 Backward is exact everywhere: the gradient of the K numbers crosses the link backwards. Numbers that are not finite are
 not looked for: they spread over the whole state.
@@ -10,8 +10,7 @@ not looked for: they spread over the whole state.
 Shapes: Q calibration states, D hidden, K transmitted width, * any number of leading dimensions.
 """
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from elsa_pl.functional.fingerprints import principal_directions
 from elsa_pl.functional.states import linear, require_calibration_states
@@ -96,71 +95,3 @@ def decode(codes: Tensor, mean: Tensor, components: Tensor) -> Tensor:
         tensor([5., 0.])
     """
     return linear(codes, components.T, mean)
-
-
-class LinearEncoder(nn.Module):
-    r"""The sender's half of a learned projection: :math:`t = (x - \mu)\, E`, with E at first the components.
-
-    The mean stays: a learned one would only shift what the decoder's bias shifts as well.
-
-    Args:
-        mean: from `principal_projection`. [D]
-        components: from `principal_projection`. [D, K]
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Example:
-        >>> encoder = LinearEncoder(torch.zeros(4), torch.eye(4)[:, :2])
-        >>> encoder(torch.ones(3, 4)).shape, [name for name, _ in encoder.named_parameters()]
-        (torch.Size([3, 2]), ['weight'])
-    """
-
-    mean: Tensor
-
-    def __init__(self, mean: Tensor, components: Tensor) -> None:
-        super().__init__()
-        _require_fit(mean, components)
-        self.register_buffer("mean", mean.detach().clone())
-        self.weight = nn.Parameter(components.detach().clone())
-
-    def forward(self, states: Tensor) -> Tensor:
-        """Encode: [*, D] -> [*, K]."""
-        return encode(states, self.mean, self.weight)
-
-
-class LinearDecoder(nn.Module):
-    r"""The receiver's half of a learned projection: :math:`\hat x = b + t\, G`.
-
-    At first G is the transpose of the components and b the mean.
-
-    Args:
-        mean: from `principal_projection`. [D]
-        components: from `principal_projection`. [D, K]
-
-    Raises:
-        ValueError: shapes that do not fit.
-
-    Example:
-        >>> decoder = LinearDecoder(torch.zeros(4), torch.eye(4)[:, :2])
-        >>> decoder(torch.ones(3, 2)).shape, [name for name, _ in decoder.named_parameters()]
-        (torch.Size([3, 4]), ['weight', 'bias'])
-    """
-
-    def __init__(self, mean: Tensor, components: Tensor) -> None:
-        super().__init__()
-        _require_fit(mean, components)
-        self.weight = nn.Parameter(components.detach().T.clone(memory_format=torch.contiguous_format))
-        self.bias = nn.Parameter(mean.detach().clone())
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Decode: [*, K] -> [*, D]."""
-        return linear(codes, self.weight, self.bias)
-
-
-def _require_fit(mean: Tensor, components: Tensor) -> None:
-    if mean.ndim != 1 or components.ndim != 2 or components.shape[0] != len(mean):
-        raise ValueError(
-            f"expected mean [D] and components [D, K]; got {list(mean.shape)} and {list(components.shape)}: take both "
-            "from principal_projection()"
-        )

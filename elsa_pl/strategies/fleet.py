@@ -6,8 +6,8 @@
 import logging
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from dataclasses import astuple, dataclass, replace
+from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
@@ -31,6 +31,8 @@ from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.probes import ProbeDesk
 
 log = logging.getLogger(__name__)
+
+Found = TypeVar("Found")
 
 PROBES_TOGETHER = 16  # in order of length, so that little is spent on padding
 
@@ -220,16 +222,39 @@ class Fleet:
     # ---- what the clients' models say ----------------------------------------------------------------------------
 
     def provide_probes(self) -> None:
-        """Have what edges look at their clients with; only training asks for it, and only where callbacks do."""
-        training = self._trainer.state.fn == TrainerFn.FITTING
-        if self._probes is not None or not self._rounds.edges or not training:
+        """Have what edges judge clients with, which training asks for where callbacks do, and fit links with."""
+        if self._probes is not None or not self._rounds.edges:
             return
-        if asks(self._trainer, "on_clients_probed"):
+        training = self._trainer.state.fn == TrainerFn.FITTING
+        if (training and asks(self._trainer, "on_clients_probed")) or self._module.fits_links():
             self._module.recall_base_model()  # forgotten, if the run began with an evaluation
             self._probes = ProbeDesk(
                 self._module.replicas_for_probes(self._places.edge_device),
                 self._module.trainer.datamodule.probe_batches(PROBES_TOGETHER),
             )
+
+    def fit_links(self) -> dict[str, Tensor]:
+        """What links need to know of the probes' states under the global adapters, by name; every process calls.
+
+        Raises:
+            RunFailed: no edge is left that could tell.
+        """
+        module = self._module
+        if not module.fits_links():
+            return {}
+        fitted = None
+        if self._probes is not None:
+            plans = sorted(set(self.placement.plans.values()), key=astuple)
+            fitted = self._probes.fit_links(module.global_adapters(), plans, module.codecs)
+        return self._first_of_edges(self._world.exchange(fitted), "fit the links to the probes")
+
+    def _first_of_edges(self, found: Mapping[str, Found | None], purpose: str) -> Found:
+        """The first edge's answer is everybody's: what both ends use must not differ by rounding."""
+        for worker in self._rounds.topology.edges.values():
+            answer = found.get(worker)
+            if answer is not None:
+                return answer
+        raise RunFailed(f"no edge is left to {purpose}: look at the edges' messages")
 
     def probe_base(self) -> None:
         """Before the first round: show the callbacks what the model says about the probes without any training.
@@ -242,12 +267,9 @@ class Fleet:
         if not asking:
             return
         found = self._world.exchange(None if self._probes is None else self._probes.base())
-        # the first edge's answer is everybody's: what is projected on must not differ by rounding
-        workers = [worker for worker in self._rounds.topology.edges.values() if found.get(worker) is not None]
-        if not workers:
-            raise RunFailed("no edge is left to evaluate the model on the probes: look at the edges' messages")
+        base = self._first_of_edges(found, "evaluate the model on the probes")
         for hook in asking:
-            hook(trainer, *found[workers[0]])
+            hook(trainer, *base)
 
     def inspect(self, updates: list[Update]) -> None:
         """Show the callbacks what the clients' models say about the probes.

@@ -5,12 +5,14 @@ of the epoch with `aggregate` at the cloud, before validation looks at the model
 """
 
 import logging
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
@@ -327,7 +329,7 @@ class HierarchicalStrategy(RpcStrategy):
             FileNotFoundError: ``probe_file`` is missing.
             ValueError: there are no probes, or too few.
         """
-        if self._role in (None, "edge") and asks(trainer, "on_clients_probed"):
+        if self._role in (None, "edge") and (asks(trainer, "on_clients_probed") or module.fits_links()):
             num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches(PROBES_TOGETHER))
             for check in hooks(trainer, "check_probes"):
                 check(num_probes, module.num_labels or 2)  # see ProbeModel for those of a language model
@@ -361,6 +363,7 @@ class HierarchicalStrategy(RpcStrategy):
                 places=self._compute_places(),
                 own_client=self.own_client,
             )
+            self._agree_on_links()
             self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
             self._fleet.place()
             self.barrier()  # nobody calls an edge that is not served yet
@@ -368,6 +371,22 @@ class HierarchicalStrategy(RpcStrategy):
             self.fleet.provide_probes()
             self._module.forget_base_model()
         self.publish()
+
+    def _agree_on_links(self) -> None:
+        """Both ends of a link make their halves of it from their own configuration: it must be the same.
+
+        Raises:
+            ConfigurationError: with the first stage that differs, and in whose configuration.
+        """
+        mine = {link: [stage.describe() for stage in stages] for link, stages in self._module.link_stages().items()}
+        for worker, theirs in self.world.exchange(mine).items():
+            for link in mine:
+                for number, (own, other) in enumerate(zip_longest(mine[link], theirs[link], fillvalue="nothing")):
+                    if own != other:
+                        raise ConfigurationError(
+                            f"stage {number} of the {link} differs: {own} at {self.world.worker}, {other} at {worker}:"
+                            " give both the same link callbacks in the same order"
+                        )
 
     def _make_rounds(self, datamodule: Any) -> Rounds:
         """The part of this process in the rounds, without clients yet."""
@@ -462,7 +481,11 @@ class HierarchicalStrategy(RpcStrategy):
         """The cloud's adapters become everybody's: the module's, the clients' and the sessions'."""
         adapters = self.broadcast(self._module.global_adapters() if self.is_global_zero else None)
         self._module.load_global_adapters(adapters)
-        self.rounds.load(adapters)
+        fitted = self.fleet.fit_links()
+        self._module.start_links(fitted)
+        self.rounds.load({**fitted, **self._module.global_adapters()})
+        if self._module.trainer.state.fn == TrainerFn.FITTING:
+            self.rounds.count_fitted(fitted)
 
     def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
         """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""

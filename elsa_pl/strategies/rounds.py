@@ -139,6 +139,13 @@ class Rounds:
         for name, received in self._received.items():
             self._count_adapters("down", name, received)
 
+    def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:
+        """Count what each client receives of what its ends of links were fitted to."""
+        for name, client in self.clients.items():
+            own = {tensor: fitted[tensor] for tensor in client.link_tensors() if tensor in fitted}
+            self._traffic["calibration/down"] += num_bytes(own)
+            self._work.setdefault(name, Counter())["down_bytes"] += num_bytes(own)
+
     def count(self, place: str, found: Mapping[str, Sequence[Tensor]]) -> None:
         """Count tensors as sent."""
         self._traffic[place] += sum(

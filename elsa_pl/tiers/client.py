@@ -140,6 +140,10 @@ class Client:
         self.front.load(adapters)
         self.tail.load(adapters)
 
+    def link_tensors(self) -> set[str]:
+        """Names of what its ends of links are fitted to or train."""
+        return self.front.link_tensors() | self.tail.link_tensors()
+
     def reset_optimizers(self) -> None:
         """Forget the optimizer state of front and tail; the edge does so for the middle."""
         self.front.reset_optimizer()

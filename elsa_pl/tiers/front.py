@@ -17,7 +17,7 @@ class FrontModule(Tier):
             batch: ``input_ids`` and ``attention_mask`` (B, T), and ``token_type_ids`` where the family has them.
 
         Returns:
-            (B, T, D).
+            (B, T, D), or what a codec makes of it.
         """
         hidden: Tensor = self.part(batch)
-        return hidden
+        return self.encoded(hidden)

@@ -7,15 +7,19 @@ cross a link, where known texts under a fixed secret would give the secret away.
 
 import os
 import queue
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from elsa_pl.functional.microbatches import IGNORE_INDEX
-from elsa_pl.models import Task, copy_sharing
+from elsa_pl.links import PREFIX, Codec, Link
+from elsa_pl.models import Task, copy_sharing, find_blocks
+from elsa_pl.partition import SplitPlan
 from elsa_pl.tiers.client import Batch
 from elsa_pl.tiers.tier import PrecisionContext
 
@@ -38,6 +42,7 @@ class ProbeModel:
         self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
         self._task, self._device, self._precision = task, device, precision
         self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        self._blocks = find_blocks(self._model)[1]
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters that it has now, by global layer name."""
@@ -57,11 +62,59 @@ class ProbeModel:
               large as the model.
         """
         with torch.no_grad():
-            for name, value in adapters.items():
-                self._parameters[name].copy_(value)
+            self._load(adapters)
             outputs = [self._evaluate(batch) for batch in batches]
         states, predictions = zip(*outputs, strict=True)
         return torch.cat(states), torch.cat(predictions)
+
+    def fit_links(
+        self,
+        adapters: Mapping[str, Tensor],
+        batches: Sequence[Batch],
+        plan: SplitPlan,
+        codecs: Mapping[Link, Codec],
+    ) -> None:
+        """Fit the codecs of a client that is cut so to the states of the probes; the downlink after the uplink.
+
+        Args:
+            adapters: by global layer name.
+            batches: of probes, without labels.
+            plan: with the middle filled in.
+            codecs: fitted in place.
+        """
+        assert plan.middle is not None
+        with torch.no_grad():
+            self._load(adapters)
+            uplink = codecs.get("uplink")
+            if uplink is not None:
+                uplink.fit(self._states_after(plan.front, batches))
+                for name, value in uplink.tensors().items():
+                    if name in adapters and adapters[name].isfinite().all():  # it has trained since
+                        value.copy_(adapters[name])
+            if "downlink" in codecs:
+                with _replaced(self._blocks[plan.front - 1], uplink):
+                    codecs["downlink"].fit(self._states_after(plan.front + plan.middle, batches))
+
+    def _states_after(self, num_blocks: int, batches: Sequence[Batch]) -> Tensor:
+        """Hidden states after so many blocks, a row for each token that is no padding."""
+        found: list[Tensor] = []
+
+        def note(block: nn.Module, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            found.append(states[batch["attention_mask"].to(states.device).bool()].float().cpu())
+
+        handle = self._blocks[num_blocks - 1].register_forward_hook(note)
+        try:
+            for batch in batches:
+                self._evaluate(batch)
+        finally:
+            handle.remove()
+        return torch.cat(found)
+
+    def _load(self, adapters: Mapping[str, Tensor]) -> None:
+        for name, value in adapters.items():
+            if not name.startswith(PREFIX):  # probes cross no link
+                self._parameters[name].copy_(value)
 
     def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
         inputs = {name: value.to(self._device) for name, value in batch.items() if name not in ("labels", "rows")}
@@ -76,6 +129,24 @@ class ProbeModel:
         losses = nn.functional.cross_entropy(logits[:, :-1].mT, targets, ignore_index=IGNORE_INDEX, reduction="none")
         likely = (-losses.sum(1) / (targets != IGNORE_INDEX).sum(1)).exp()
         return states.cpu(), torch.stack([likely, 1 - likely], dim=1).cpu()
+
+
+@contextmanager
+def _replaced(block: nn.Module, codec: Codec | None) -> Iterator[None]:
+    """What a block says becomes what a receiver would have of it."""
+
+    def replace(block: nn.Module, args: Any, output: Any) -> Any:
+        assert codec is not None
+        states = output[0] if isinstance(output, tuple) else output
+        received = codec.cpu()(states.float().cpu()).to(states)
+        return (received, *output[1:]) if isinstance(output, tuple) else received
+
+    handles = [] if codec is None else [block.register_forward_hook(replace)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class ProbeDesk:
@@ -93,6 +164,24 @@ class ProbeDesk:
     def base(self) -> tuple[Tensor, Tensor]:
         """States (Q, D) and predictions (Q, C) of the model before any training."""
         return self._models[0].evaluate(self._initial, self._batches)
+
+    def fit_links(
+        self, adapters: Mapping[str, Tensor], plans: Iterable[SplitPlan], make: Callable[[SplitPlan], dict[Link, Codec]]
+    ) -> dict[str, Tensor]:
+        """Codecs fitted to the probes, for clients that are cut so: what is fitted, by name.
+
+        Args:
+            adapters: the global ones.
+            plans: without repetitions.
+            make: new codecs for a plan.
+        """
+        fitted: dict[str, Tensor] = {}
+        for plan in plans:
+            codecs = make(plan)
+            self._models[0].fit_links(adapters, self._batches, plan, codecs)
+            for codec in codecs.values():
+                fitted |= {name: value.detach().clone() for name, value in codec.tensors().items()}
+        return fitted
 
     def evaluate(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
         """States (Q, D) and predictions (Q, C) by client, from the adapters of each."""

@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.links import LINKS, PREFIX, Codec, Link, Stage
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
 from elsa_pl.partition import Part, SplitPlan, check_cut, cut, num_blocks, replicate
@@ -125,7 +126,8 @@ class SplitModel(EvaluatedModel):
         parameters = dict(model.get_base_model().named_parameters())
         with torch.no_grad():
             for name, value in self.global_adapters().items():
-                parameters[name].copy_(value)
+                if not name.startswith(PREFIX):  # what trains at the ends of links is no part of the model
+                    parameters[name].copy_(value)
         return model
 
     def prepare(self, num_labels: int | None) -> None:
@@ -195,7 +197,70 @@ class SplitModel(EvaluatedModel):
             else:
                 self._held = [self.build()]
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
-        self.adapters = ParameterTree(_adapters_of(self._parts_for(self._resolved_plan)))
+        self.check_links(self.trainer)
+        adapters = _adapters_of(self._parts_for(self._resolved_plan))
+        for codec in self.codecs(self._resolved_plan).values():
+            adapters |= {name: value for name, value in codec.tensors().items() if value.requires_grad}
+        self.adapters = ParameterTree(adapters)
+
+    # ---- links ---------------------------------------------------------------------------------------------------
+
+    def link_stages(self) -> dict[Link, list[Stage]]:
+        """What the callbacks do to the states of each link, in their order."""
+        stages: dict[Link, list[Stage]] = {link: [] for link in LINKS}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
+            for link in LINKS if hasattr(callback, "link_stage") else ():
+                stage = callback.link_stage(link)
+                if stage is not None:
+                    stages[link].append(stage)
+        return stages
+
+    def codecs(self, plan: SplitPlan) -> dict[Link, Codec]:
+        """New codecs for a client that is cut so; none for a link without stages.
+
+        Raises:
+            ConfigurationError: stages that do not fit the model or each other.
+        """
+        cut_at = f"{plan.front}-{plan.middle}-{plan.tail}"
+        return {
+            link: Codec(f"{link}.{cut_at}", link, stages, self._hidden_size)
+            for link, stages in self.link_stages().items()
+            if stages
+        }
+
+    def check_links(self, trainer: Any) -> None:
+        """Refuse stages that do not fit, before any process starts.
+
+        Args:
+            trainer: its callbacks are the stages.
+
+        Raises:
+            ConfigurationError: with the stage and the link.
+        """
+        self.trainer = trainer
+        self._hidden_size = _hidden_size(self._base)
+        self.codecs(self.plan.resolve(num_blocks(self._base)))
+        learning = any(stage.trains for stages in self.link_stages().values() for stage in stages)
+        choosing = any(hasattr(callback, "on_plan_clients") for callback in trainer.callbacks)
+        if learning and (choosing or self.client_plans):
+            raise ConfigurationError(
+                "a link that learns is averaged over clients that are cut alike: leave out client_plans and"
+                " ResourceAwareSplitting, or set learn to false in LinkProjection"
+            )
+
+    def fits_links(self) -> bool:
+        """Whether some link must see states of public texts before its next use."""
+        stages = [stage for stages in self.link_stages().values() for stage in stages if stage.fits]
+        if any(not stage.trains for stage in stages) or not hasattr(self, "adapters"):
+            return bool(stages)
+        return any(name.startswith(PREFIX) and bool(value.isnan().any()) for name, value in self.adapters.items())
+
+    def start_links(self, fitted: Mapping[str, Tensor]) -> None:
+        """What trains at the ends of links starts at these values, unless it has started."""
+        with torch.no_grad():
+            for name, value in self.adapters.items():
+                if name.startswith(PREFIX) and value.isnan().any():
+                    value.copy_(fitted[name])
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         if plan not in self._parts:
@@ -227,12 +292,25 @@ class SplitModel(EvaluatedModel):
         """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
         front, _, tail = self._parts_for(plan)
         shared = (self.make_optimizer, self.precision_on(device), device)
-        return FrontModule(replicate(front), *shared), TailModule(replicate(tail), *shared)
+        codecs = self.codecs(plan)
+        encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
+        decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
+        return FrontModule(replicate(front), *shared, encode=encode), TailModule(
+            replicate(tail), *shared, decode=decode
+        )
 
     def make_middle(self, plan: SplitPlan, device: torch.device) -> MiddleModule:
         """A client's session at its edge."""
         _, middle, _ = self._parts_for(plan)
-        return MiddleModule(replicate(middle), self.make_optimizer, self.precision_on(device), device)
+        codecs = self.codecs(plan)
+        return MiddleModule(
+            replicate(middle),
+            self.make_optimizer,
+            self.precision_on(device),
+            device,
+            decode=codecs["uplink"].side("decoder") if "uplink" in codecs else None,
+            encode=codecs["downlink"].side("encoder") if "downlink" in codecs else None,
+        )
 
     def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
         """Replicas of the uncut model to try the adapters of several clients on at the same time."""
@@ -348,8 +426,15 @@ class SplitModel(EvaluatedModel):
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),
+            "links that learn": self._learned_links() or None,
             "data.labels": list(labels),
         }
+
+    def _learned_links(self) -> dict[Link, list[str]]:
+        found = {
+            link: [stage.describe() for stage in stages if stage.trains] for link, stages in self.link_stages().items()
+        }
+        return {link: described for link, described in found.items() if described}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -402,6 +487,11 @@ class ParameterTree(nn.Module):
     def items(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Dotted names and parameters."""
         return self.named_parameters()
+
+
+def _hidden_size(model: PeftModel) -> int:
+    config: Any = model.get_base_model().config
+    return int(config.get_text_config().hidden_size)
 
 
 def _adapters_of(parts: tuple[Part, Part, Part]) -> dict[str, Tensor]:

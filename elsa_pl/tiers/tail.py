@@ -11,15 +11,15 @@ from elsa_pl.tiers.tier import Tier
 class TailModule(Tier):
     """Hidden states in, logits out, and the loss where the batch has labels."""
 
-    def forward(self, hidden: Tensor, batch: Mapping[str, Tensor]) -> ModelOutput:
+    def forward(self, received: Tensor, batch: Mapping[str, Tensor]) -> ModelOutput:
         """Return the model's own output.
 
         Args:
-            hidden: (B, T, D), from the middle.
+            received: (B, T, D), or what a codec made of it, from the middle.
             batch: ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B,) or (B, T).
 
         Returns:
             With ``logits``, and ``loss`` if there are labels.
         """
-        out: ModelOutput = self.part(batch, hidden)
+        out: ModelOutput = self.part(batch, self.decoded(received))
         return out

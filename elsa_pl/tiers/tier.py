@@ -11,9 +11,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 
 import lightning as L
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_pl.links import LinkEnd
 from elsa_pl.lora import dropout_key
 from elsa_pl.partition import Part
 
@@ -32,6 +33,8 @@ class Tier(L.LightningModule):
         make_optimizer: builds the optimizer from a list of parameters.
         precision: enters the precision of the run, for example autocast to bf16.
         device: where the part computes.
+        decode: this side of the link on which states arrive; None: as they are.
+        encode: this side of the link on which states leave; None: as they are.
     """
 
     def __init__(
@@ -40,17 +43,41 @@ class Tier(L.LightningModule):
         make_optimizer: OptimizerFactory,
         precision: PrecisionContext = nullcontext,
         device: torch.device | str = "cpu",
+        *,
+        decode: LinkEnd | None = None,
+        encode: LinkEnd | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.part = part.to(device)
+        self._link_ends = nn.ModuleDict()
+        if decode is not None:
+            self._link_ends["decode"] = decode.to(device)
+        if encode is not None:
+            self._link_ends["encode"] = encode.to(device)
         self._compute_device = torch.device(device)
         self._make_optimizer = make_optimizer
         self._precision = precision
-        self._trained = list(part.adapters().values())
+        self._trained = [*part.adapters().values(), *(value for end in self._ends for value in end.trained().values())]
         # by number of the pass: the passes of a step end in any order, and sums are made in order
         self._collected: dict[int, list[Tensor | None]] = {}
         self.reset_optimizer()
+
+    @property
+    def _ends(self) -> list[LinkEnd]:
+        return [end for end in self._link_ends.values() if isinstance(end, LinkEnd)]
+
+    def link_tensors(self) -> set[str]:
+        """Names of what its ends of links are fitted to or train."""
+        return {name for end in self._ends for name in end.tensors()}
+
+    def decoded(self, received: Tensor) -> Tensor:
+        """The states [B, T, D] that arrived."""
+        return self._link_ends["decode"](received) if "decode" in self._link_ends else received
+
+    def encoded(self, states: Tensor) -> Tensor:
+        """What is sent of states [B, T, D]."""
+        return self._link_ends["encode"](states) if "encode" in self._link_ends else states
 
     def reset_optimizer(self) -> None:
         """Forget the optimizer's state, as at the start of a global round."""
@@ -129,12 +156,17 @@ class Tier(L.LightningModule):
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters on the CPU, by global layer name."""
-        return {name: value.detach().cpu().clone() for name, value in self.part.adapters().items()}
+        own = self.part.adapters()
+        for end in self._ends:
+            own |= end.trained()
+        return {name: value.detach().cpu().clone() for name, value in own.items()}
 
     def load(self, adapters: Mapping[str, Tensor]) -> None:
-        """Take over those of ``adapters`` that this part has; a missing one is an error.
+        """Take over those of ``adapters`` that this part and its ends of links have; a missing one is an error.
 
         Raises:
             KeyError: an adapter of this part is not among them.
         """
         self.part.load_adapters(adapters)
+        for end in self._ends:
+            end.load(adapters)

@@ -1,0 +1,212 @@
+"""Callbacks that change what crosses a link, here and in other projects.
+
+Under `elsa_pl.strategies.HierarchicalStrategy` they are stages of the links between clients and edges: what crosses is
+encoded, in both directions, and the edges calibrate on the data module's probes before every round. In any other
+Lightning project they stand at a named submodule, whose output becomes what a receiver would have decoded.
+
+Several of them stack in the order in which they are given.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+
+from elsa_pl.callbacks.probing import is_federated
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.quantization import BlockFormat
+from elsa_pl.links import LINKS, Codec, Link, Stage
+from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchDecoding, SketchStage
+
+
+class LinkCallback(Callback):
+    """A callback that is a stage of links.
+
+    Args:
+        stage: what it does.
+        links: on which, under `elsa_pl`'s strategy.
+        at: name of the submodule, in any other project; None under `elsa_pl`'s strategy.
+        probes: batches of public inputs to calibrate on, for ``probe_step(batch)`` of the LightningModule, in any other
+            project. Under `elsa_pl`'s strategy the data module has them.
+
+    Raises:
+        ConfigurationError: an unknown link, or none.
+    """
+
+    def __init__(self, stage: Stage, links: Sequence[Link], at: str | None, probes: Iterable[Any] | None) -> None:
+        if not links or set(links) - set(LINKS):
+            raise ConfigurationError(f"links must be some of {', '.join(LINKS)}; got {list(links)}")
+        self.stage, self._links, self._at, self._probes = stage, tuple(links), at, probes
+        self._hooks: list[Any] = []
+
+    def link_stage(self, link: Link) -> Stage | None:
+        """The stage that this callback is on a link."""
+        return self.stage if link in self._links else None
+
+    # ---- in a project of its own ---------------------------------------------------------------------------------
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        name = type(self).__name__
+        if is_federated(trainer):
+            if self._at is not None:
+                raise ConfigurationError(f"{name}: at={self._at!r} has no use here, where links are given: leave it out")
+            return
+        if self._at is None:
+            raise ConfigurationError(f"{name} needs at, the name of a submodule, in a project without elsa_pl's strategy")
+        stack = [other for other in _link_callbacks(trainer) if other._at == self._at]
+        if stack[0] is self and not self._hooks:
+            self._attach(pl_module, stack)
+
+    def _attach(self, module: "pl.LightningModule", stack: "list[LinkCallback]") -> None:
+        """Put the codec of all callbacks at this place into the module, where optimizers and checkpoints find it."""
+        assert self._at is not None
+        place = module.get_submodule(self._at)
+        registered = "link_" + self._at.replace(".", "_")
+        if not hasattr(module, registered):
+            states = self._probed(module, place, stack)
+            made = Codec(self._at, "uplink", [other.stage for other in stack], states.shape[-1])
+            made.fit(states)
+            module.add_module(registered, made.to(states.device))
+        codec = cast(Codec, module.get_submodule(registered))
+
+        def replace(_: nn.Module, args: Any, output: Any) -> Any:
+            states = output[0] if isinstance(output, tuple) else output
+            decoded = codec(states)
+            return (decoded, *output[1:]) if isinstance(output, tuple) else decoded
+
+        self._hooks = [place.register_forward_hook(replace)]
+
+    def _probed(self, module: "pl.LightningModule", place: nn.Module, stack: "list[LinkCallback]") -> Tensor:
+        """What the submodule says about the probes: a row for each token that is no padding."""
+        probes = next((other._probes for other in stack if other._probes is not None), None)
+        if probes is None or not hasattr(module, "probe_step"):
+            missing = "probes" if probes is None else "a method probe_step(batch) of the LightningModule"
+            raise ConfigurationError(
+                f"{type(self).__name__} at {self._at} needs {missing}, to know what states are like there: give it"
+                " batches of public inputs, and the LightningModule a probe_step that runs the model on one"
+            )
+        found: list[Tensor] = []
+
+        def note(_: nn.Module, args: Any, output: Any) -> None:
+            states = output[0] if isinstance(output, tuple) else output
+            mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            kept = states[mask.bool()] if mask is not None and mask.shape == states.shape[:-1] else states.flatten(0, -2)
+            found.append(kept.detach().float())
+
+        handle, training = place.register_forward_hook(note), module.training
+        module.eval()
+        try:
+            with torch.no_grad():
+                for batch in probes:
+                    cast(Any, module).probe_step(module.transfer_batch_to_device(batch, module.device, 0))
+        finally:
+            handle.remove()
+            module.train(training)
+        if not found:
+            raise ConfigurationError(f"{type(self).__name__}: the probes never reach {self._at}: is it used at all?")
+        return torch.cat(found)
+
+    def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+class SketchCompression(LinkCallback):
+    """Sends a count sketch of each state, ``ratio`` times fewer numbers; gradients likewise.
+
+    Args:
+        ratio: numbers of a state over numbers sent.
+        decoder: ``calibrated`` reads it with what public texts say about the states; ``median`` is the paper's decoder,
+            ``mean`` the unbiased one of least variance. The last two lose more than the state's own length.
+        num_rows: hash rows.
+        ridge: of the calibrated decoder, in units of the sketch's mean variance.
+        seed: of the hashes; no secret.
+        links, at, probes: see `LinkCallback`.
+
+    Raises:
+        ConfigurationError: an unknown link.
+        ValueError: an unknown decoder.
+
+    Source:
+        ELSA, arXiv 2601.13824 (median); `elsa_pl.functional.sketch` has the formulas.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 4.0,
+        decoder: SketchDecoding = "calibrated",
+        *,
+        num_rows: int = 3,
+        ridge: float = 1e-4,
+        seed: int = 0,
+        links: Sequence[Link] = LINKS,
+        at: str | None = None,
+        probes: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(SketchStage(ratio, decoder, num_rows, ridge, seed), links, at, probes)
+
+
+class LinkQuantization(LinkCallback):
+    """Sends each number in 8 or 4 bits, with a scale for each block; gradients likewise. Always the last stage.
+
+    Args:
+        bits: 8 or 4.
+        block: numbers that share a scale; a divisor of the width that arrives, or more than it.
+        links, at, probes: see `LinkCallback`.
+
+    Raises:
+        ConfigurationError: an unknown link.
+        ValueError: other bits or blocks.
+
+    Source:
+        `elsa_pl.functional.quantization` has the formulas.
+    """
+
+    def __init__(
+        self,
+        bits: Literal[8, 4] = 8,
+        *,
+        block: int = 32,
+        links: Sequence[Link] = LINKS,
+        at: str | None = None,
+        probes: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(QuantizationStage(BlockFormat(bits=bits, block=block)), links, at, probes)
+
+
+class LinkProjection(LinkCallback):
+    """Sends coordinates along the principal directions of public texts' states; they may train with the adapters.
+
+    Args:
+        ratio: numbers of a state over numbers sent.
+        learn: encoder and decoder train, and are averaged like adapters; all clients must be cut alike then. Otherwise
+            they are computed anew before every round.
+        links, at, probes: see `LinkCallback`.
+
+    Raises:
+        ConfigurationError: an unknown link.
+        ValueError: a ratio below 1.
+
+    Source:
+        `elsa_pl.functional.projection` has the formulas.
+    """
+
+    def __init__(
+        self,
+        ratio: float = 8.0,
+        *,
+        learn: bool = True,
+        links: Sequence[Link] = LINKS,
+        at: str | None = None,
+        probes: Iterable[Any] | None = None,
+    ) -> None:
+        super().__init__(ProjectionStage(ratio, learn), links, at, probes)
+
+
+def _link_callbacks(trainer: "pl.Trainer") -> list[LinkCallback]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
+    return [callback for callback in callbacks if isinstance(callback, LinkCallback)]

@@ -1,0 +1,6 @@
+"""What happens to hidden states and their gradients between a client and its edge."""
+
+from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
+from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
+
+__all__ = ["LINKS", "PREFIX", "Codec", "Ends", "Link", "LinkEnd", "Seen", "Stage"]

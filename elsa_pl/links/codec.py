@@ -1,0 +1,144 @@
+"""The stages of a link one after the other, and the half of them that each side holds.
+
+Tensors have names that say where they belong, ``links.uplink.1-4-1.decoder.0.weight``: link, blocks of front, middle
+and tail, side, number of the stage. So they are published, averaged and saved next to the adapters.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.links.stages import Ends, Link, Seen, Stage
+
+PREFIX = "links."
+Side = Literal["encoder", "decoder"]
+
+
+class LinkEnd(nn.Module):
+    """What one side of a link does to states: encode what it sends, or decode what it receives.
+
+    Args:
+        name: of the link and the plan, such as ``uplink.1-4-1``.
+        side: which.
+        ends: of the stages that have something to do, by their number.
+        fits: the numbers of the stages that must be fitted first.
+    """
+
+    def __init__(self, name: str, side: Side, ends: Mapping[int, nn.Module], fits: Sequence[int]) -> None:
+        super().__init__()
+        self._prefix, self._side = f"{PREFIX}{name}.{side}.", side
+        self.ends = nn.ModuleDict({str(number): end for number, end in ends.items()})
+        self._order = sorted(ends, reverse=side == "decoder")
+        self._missing = [number for number in fits if any(True for _ in ends[number].parameters())]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Encode or decode, in full precision.
+
+        Raises:
+            RuntimeError: a stage is not fitted yet; with its number and the link.
+            ValueError: states that are not finite, or of another width; with the stage and the link.
+        """
+        if self._missing:
+            raise RuntimeError(
+                f"stage {self._missing[0]} of {self._prefix}* is not calibrated yet: no probes were seen"
+            )
+        with torch.autocast(states.device.type, enabled=False):
+            for number in self._order:
+                try:
+                    states = self.ends[str(number)](states)
+                except ValueError as error:
+                    raise ValueError(f"stage {number} of {self._prefix}*: {error}") from error
+        return states
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What is fitted or trains, by name."""
+        return {f"{self._prefix}{name}": value for name, value in self.ends.named_parameters()}
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What trains, by name."""
+        return {name: value for name, value in self.tensors().items() if value.requires_grad}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over those of ``tensors`` that this end has. What is fitted only may be missing, and stays as it is.
+
+        Raises:
+            KeyError: something that trains is missing.
+        """
+        with torch.no_grad():
+            for name, value in self.tensors().items():
+                if name in tensors or value.requires_grad:
+                    value.copy_(tensors[name])
+        if all(name in tensors for name in self.tensors()):
+            self._missing = []
+
+
+class Codec(nn.Module):
+    """All stages of one link, both sides.
+
+    Args:
+        name: of the link and the plan, such as ``uplink.1-4-1``.
+        link: which of the two.
+        stages: in the order of the sender.
+        width: D.
+
+    Raises:
+        ConfigurationError: stages that do not fit the width or each other; with the stage and the link.
+    """
+
+    def __init__(self, name: str, link: Link, stages: Sequence[Stage], width: int) -> None:
+        super().__init__()
+        self.name, self._stages, self._fitted = name, stages, False
+        self.ends = nn.ModuleList()
+        for number, stage in enumerate(stages):
+            where = f"stage {number} of {name} ({stage.describe()})"
+            if number and stages[number - 1].last:
+                raise ConfigurationError(
+                    f"{where} comes after {stages[number - 1].describe()}, whose numbers are bits: put it before"
+                )
+            try:
+                made = stage.ends(width, link)
+            except ValueError as error:
+                raise ConfigurationError(f"{where}: {error}") from error
+            self.ends.append(made)
+            width = made.width
+        self.width = width
+
+    def forward(self, states: Tensor) -> Tensor:
+        """What the receiver computes with: decode(encode(states))."""
+        decoded: Tensor = self.side("decoder")(self.side("encoder")(states))
+        return decoded
+
+    def side(self, side: Side) -> LinkEnd:
+        """One side's half, which shares its tensors with this."""
+        ends = {number: getattr(ends, side) for number, ends in enumerate(self.ends)}
+        fits = [number for number, stage in enumerate(self._stages) if stage.fits and not self._fitted]
+        return LinkEnd(self.name, side, ends, fits)
+
+    def fit(self, states: Tensor) -> None:
+        """Fit all stages, each to what arrives at it.
+
+        Args:
+            states: of public texts at this cut, padding left out. [Q, D]
+
+        Raises:
+            ConfigurationError: a stage cannot be fitted to them; with the stage and the link.
+        """
+        for number, stage in enumerate(self._stages):
+            ends = self.ends[number]
+            assert isinstance(ends, Ends)
+            if stage.fits:
+                try:
+                    stage.fit(ends, Seen.of(states))
+                except ValueError as error:
+                    raise ConfigurationError(f"stage {number} of {self.name} ({stage.describe()}): {error}") from error
+            if any(later.fits for later in self._stages[number + 1 :]):
+                with torch.no_grad():
+                    states = ends.encoder(states)
+        self._fitted = True
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """What is fitted or trains, of both sides, by name."""
+        return {**self.side("encoder").tensors(), **self.side("decoder").tensors()}

@@ -1,0 +1,255 @@
+"""What a stage of a link is: two ends, and how they are fitted to the states of public texts.
+
+    sender                                                              receiver
+    states [*, D] -> encoder of stage 0 -> encoder of stage 1 -> link -> decoder 1 -> decoder 0 -> states [*, D]
+                     <- gradients come the same way back, and what crosses is as small <-
+
+Each end is a module that holds only what its side needs, because the sides are in different processes: a decoder that
+is fitted to public texts lives with the receiver alone, and what trains is stepped where it lives.
+
+Shapes: D hidden, K transmitted width, * any number of leading dimensions.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from elsa_pl.functional import sketch
+from elsa_pl.functional.projection import principal_projection
+from elsa_pl.functional.quantization import BlockFormat, from_wire, to_wire
+from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.functional.states import linear, moments
+
+Link = Literal["uplink", "downlink"]
+"""From a client to its edge, or back."""
+LINKS: tuple[Link, ...] = get_args(Link)
+SketchDecoding = Literal["calibrated", "median", "mean"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """States of public texts as they arrive at a stage.
+
+    Attributes:
+        states: a row for each token. [Q, K]
+        mean: [K]
+        covariance: [K, K]
+    """
+
+    states: Tensor
+    mean: Tensor
+    covariance: Tensor
+
+    @staticmethod
+    def of(states: Tensor) -> "Seen":
+        """With the moments computed."""
+        return Seen(states, *moments(states))
+
+
+class Ends(nn.Module):
+    """Encoder and decoder of a stage for states of one width.
+
+    Attributes:
+        encoder: [*, D] -> [*, K].
+        decoder: [*, K] -> [*, D].
+        width: K.
+    """
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, width: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder, self.width = encoder, decoder, width
+
+
+class Stage(ABC):
+    """One thing that is done to the states of a link, as both ends know it from the configuration.
+
+    Attributes:
+        fits: it must see states of public texts before it can be used.
+        trains: it has parameters that train with the adapters.
+        last: nothing can follow it.
+    """
+
+    fits = False
+    trains = False
+    last = False
+
+    @abstractmethod
+    def ends(self, width: int, link: Link) -> Ends:
+        """Make both ends, not fitted yet.
+
+        Args:
+            width: D of the states that arrive.
+            link: where; the two links of a client do not share what is drawn.
+
+        Raises:
+            ValueError: the settings do not fit this width.
+        """
+
+    def fit(self, ends: Ends, seen: Seen) -> None:
+        """Fit the ends to what arrives at this stage; called only if it `fits`.
+
+        Raises:
+            ValueError: they cannot be fitted to it.
+        """
+        raise NotImplementedError
+
+    @abstractmethod
+    def describe(self) -> str:
+        """All settings on which the two ends must agree, for a person to read."""
+
+
+class SketchStage(Stage):
+    """Count sketch; see `elsa_pl.functional.sketch`.
+
+    Args:
+        ratio: numbers of a state over numbers sent.
+        decoding: how the receiver reads it.
+        num_rows: hash rows.
+        ridge: of the calibrated decoder.
+        seed: of the hashes; no secret.
+    """
+
+    def __init__(self, ratio: float, decoding: SketchDecoding, num_rows: int, ridge: float, seed: int) -> None:
+        if decoding not in get_args(SketchDecoding):
+            raise ValueError(f"expected decoder to be one of {', '.join(get_args(SketchDecoding))}; got {decoding!r}")
+        self.fits = decoding == "calibrated"
+        self._ratio, self._decoding, self._num_rows, self._ridge, self._seed = ratio, decoding, num_rows, ridge, seed
+
+    def ends(self, width: int, link: Link) -> Ends:
+        drawn = sketch.draw_sketch(width, self._ratio, derive_seed(self._seed, "sketch", link), num_rows=self._num_rows)
+        decoder = Affine(drawn.width, width) if self.fits else _HashDecoder(drawn, self._decoding)
+        return Ends(_SketchEncoder(drawn), decoder, drawn.width)
+
+    def fit(self, ends: Ends, seen: Seen) -> None:
+        assert isinstance(ends.encoder, _SketchEncoder)
+        assert isinstance(ends.decoder, Affine)
+        fitted = sketch.calibrate(ends.encoder.matrix, seen.mean, seen.covariance, ridge=self._ridge)
+        ends.decoder.fit(fitted.weight, fitted.bias)
+
+    def describe(self) -> str:
+        ridge = f", ridge {self._ridge:g}" if self.fits else ""
+        return f"sketch 1/{self._ratio:g} in {self._num_rows} rows, {self._decoding}{ridge}, seed {self._seed}"
+
+
+class _SketchEncoder(nn.Module):
+    matrix: Tensor
+
+    def __init__(self, drawn: sketch.CountSketch) -> None:
+        super().__init__()
+        self.register_buffer("matrix", drawn.matrix, persistent=False)
+
+    def forward(self, states: Tensor) -> Tensor:
+        return linear(states, self.matrix)
+
+
+class _HashDecoder(nn.Module):
+    def __init__(self, drawn: sketch.CountSketch, decoding: SketchDecoding) -> None:
+        super().__init__()
+        self._drawn, self._decode = drawn, sketch.decode_median if decoding == "median" else sketch.decode_mean
+
+    def forward(self, sketched: Tensor) -> Tensor:
+        return self._decode(sketched, self._drawn)
+
+
+class Affine(nn.Module):
+    """``states @ weight + bias``: an end that is fitted, and may then train. Not to be used before.
+
+    Args:
+        num_inputs: width of what arrives.
+        num_outputs: width of what leaves.
+        learn: train with the adapters.
+    """
+
+    def __init__(self, num_inputs: int, num_outputs: int, *, learn: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.full((num_inputs, num_outputs), torch.nan), requires_grad=learn)
+        self.bias = nn.Parameter(torch.full((num_outputs,), torch.nan), requires_grad=learn)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """[*, num_inputs] -> [*, num_outputs]."""
+        return linear(states, self.weight, self.bias)
+
+    def fit(self, weight: Tensor, bias: Tensor) -> None:
+        """Take over values."""
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+
+
+class QuantizationStage(Stage):
+    """Blocks of 8 or 4 bits, gradients too; see `elsa_pl.functional.quantization`.
+
+    Args:
+        format: how.
+    """
+
+    last = True  # what follows would compute with bits
+
+    def __init__(self, format: BlockFormat) -> None:
+        self._format = format
+
+    def ends(self, width: int, link: Link) -> Ends:
+        if width % self._format.block and self._format.block < width:
+            raise ValueError(
+                f"expected a block size that divides the width {width} of what is quantized; got {self._format.block}:"
+                " take a divisor, or a block as large as the width"
+            )
+        return Ends(_Packer(self._format), _Unpacker(self._format, width), self._format.wire_width(width))
+
+    def describe(self) -> str:
+        return f"int{self._format.bits} in blocks of {self._format.block}, scales {self._format.scale_dtype}"
+
+
+class _Packer(nn.Module):
+    def __init__(self, format: BlockFormat) -> None:
+        super().__init__()
+        self._format = format
+
+    def forward(self, states: Tensor) -> Tensor:
+        return to_wire(states, self._format)
+
+
+class _Unpacker(nn.Module):
+    def __init__(self, format: BlockFormat, width: int) -> None:
+        super().__init__()
+        self._format, self._width = format, width
+
+    def forward(self, wire: Tensor) -> Tensor:
+        return from_wire(wire, self._width, self._format)
+
+
+class ProjectionStage(Stage):
+    """Fewer numbers along directions that are fitted, and may then train; see `elsa_pl.functional.projection`.
+
+    Args:
+        ratio: numbers of a state over numbers sent.
+        learn: encoder and decoder train with the adapters.
+    """
+
+    fits = True
+
+    def __init__(self, ratio: float, learn: bool) -> None:
+        if not 1 <= ratio < float("inf"):
+            raise ValueError(f"expected a finite ratio >= 1; got {ratio}")
+        self._ratio, self.trains = ratio, learn
+
+    def ends(self, width: int, link: Link) -> Ends:
+        kept = int(width / self._ratio)
+        if kept < 1:
+            raise ValueError(f"expected a ratio of at most {width}, the width; got {self._ratio:g}: nothing is left")
+        encoder, decoder = Affine(width, kept, learn=self.trains), Affine(kept, width, learn=self.trains)
+        return Ends(encoder, decoder, kept)
+
+    def fit(self, ends: Ends, seen: Seen) -> None:
+        mean, components = principal_projection(seen.states, ends.width)
+        assert isinstance(ends.encoder, Affine)
+        assert isinstance(ends.decoder, Affine)
+        # centred codes, which rounding to a few bits needs
+        ends.encoder.fit(components, -mean @ components)
+        ends.decoder.fit(components.T, mean)
+
+    def describe(self) -> str:
+        return f"projection 1/{self._ratio:g}, {'learned' if self.trains else 'principal directions'}"

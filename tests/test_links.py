@@ -1,0 +1,340 @@
+"""Runs whose links are compressed: what crosses is what was asked for, and nothing else about a run changes."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from elsa_pl import cli
+from elsa_pl.callbacks import LinkProjection, LinkQuantization, SketchCompression
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.quantization import BlockFormat
+from elsa_pl.links import Codec
+from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
+from tests.runs import Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
+
+WIDTH = 32
+SKETCH = {"class_path": "SketchCompression", "init_args": {"ratio": 2}}
+MEDIAN = {"class_path": "SketchCompression", "init_args": {"ratio": 2, "decoder": "median"}}
+INT8 = {"class_path": "LinkQuantization", "init_args": {"bits": 8}}
+INT4 = {"class_path": "LinkQuantization", "init_args": {"bits": 4, "block": 8}}
+LEARNED = {"class_path": "LinkProjection", "init_args": {"ratio": 4}}
+WHOLE = {
+    "class_path": "LinkProjection",
+    "init_args": {"ratio": 1.03, "learn": False},
+}  # 31: LayerNorm takes the mean out
+WAYS = [(link, way) for link in ("uplink", "downlink") for way in ("forward", "backward")]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four clients on two edges, two rounds."""
+    return {
+        **write_data(tmp_path_factory.mktemp("data")),
+        "data.num_probes": 32,
+        "strategy.num_edges": 2,
+        "checkpoint.save_top_k": -1,
+        "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+    }
+
+
+def with_links(base: Settings, *callbacks: Settings) -> dict[str, Any]:
+    return {**base, "trainer.callbacks": list(callbacks)}
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "numbers"),
+    [
+        ((), WIDTH),
+        ((SKETCH,), 15),  # three rows of five buckets
+        ((MEDIAN,), 15),
+        ((INT8,), 9),  # 32 bytes and one scale of two, in words of four
+        ((LEARNED,), 8),
+        ((LEARNED, INT4), 2),  # four bytes, one scale
+    ],
+)
+def test_links_carry_what_the_stages_leave(
+    base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...], numbers: int
+) -> None:
+    run = run_here(tmp_path, "run", with_links(base, *callbacks))
+    counted = run.summary()["bytes"]
+    plain = counted["uplink"]["backward"] / numbers
+    assert plain > 0
+    assert plain % 4 == 0, "whole float32 numbers for each token"
+    for link, way in WAYS[1:]:
+        if way == "backward":
+            assert counted[link][way] == plain * numbers
+    # evaluation goes the same way, without gradients
+    assert counted["downlink"]["forward"] > counted["downlink"]["backward"]
+    assert counted["downlink"]["forward"] % (4 * numbers) == 0
+    fitted = {SKETCH["class_path"]: 15 * WIDTH + WIDTH} if SKETCH in callbacks else {}
+    # both rounds and the start, four clients; the client decodes the downlink
+    assert counted["calibration"]["down"] == 3 * 4 * 4 * sum(fitted.values()) + (LEARNED in callbacks) * 4 * 4 * (
+        WIDTH * 8 + 8 + 8 * WIDTH + WIDTH
+    )
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_projection_on_all_directions_changes_nothing(base: Settings, tmp_path: Path) -> None:
+    plain = run_here(tmp_path, "plain", base)
+    rotated = run_here(tmp_path, "rotated", with_links(base, WHOLE))
+    assert_close(rotated.adapters(), plain.adapters(), atol=2e-4)
+
+
+def test_compressed_links_change_what_is_learnt(base: Settings, tmp_path: Path) -> None:
+    plain = run_here(tmp_path, "plain", base).adapters()
+    sketched = run_here(tmp_path, "sketched", with_links(base, SKETCH, INT8)).adapters()
+    assert any(not torch.equal(sketched[name], value) for name, value in plain.items())
+
+
+@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4)])
+def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
+    settings = with_links(base, *callbacks)
+    single = run_here(tmp_path, "single", settings)
+    full = run_forked(tmp_path, "full", {**settings, "strategy.layout": "full", "strategy.num_hosts": 2}, 5)
+    assert_equal(full.adapters(), single.adapters())
+    # forwards, padding differs with the share of the evaluation that a host has
+    sent, expected = full.summary()["bytes"], single.summary()["bytes"]
+    for link, way in [*WAYS[1::2], ("adapters", "up"), ("adapters", "down"), ("calibration", "down")]:
+        assert sent[link][way] == expected[link][way] > 0, (link, way)
+    assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4)])
+def test_resumed_is_uninterrupted(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
+    settings = {**with_links(base, *callbacks), "trainer.max_epochs": 3}
+    whole = run_here(tmp_path, "whole", settings)
+    resumed = run_here(tmp_path, "resumed", {**settings, "ckpt_path": str(whole.checkpoint(0))})
+    assert_equal(resumed.adapters(), whole.adapters())
+    assert resumed.metrics()[2]["val_loss"] == whole.metrics()[2]["val_loss"]
+
+
+def test_a_learned_projection_trains(base: Settings, tmp_path: Path) -> None:
+    run = run_here(tmp_path, "run", with_links(base, LEARNED))
+    before, after = run.adapters(0), run.adapters(1)
+    learnt = [name for name in after if name.startswith("links.")]
+    assert {name.split(".", 3)[1] + "." + name.split(".")[3] for name in learnt} == {
+        f"{link}.{side}" for link in ("uplink", "downlink") for side in ("encoder", "decoder")
+    }
+    for name in learnt:
+        assert after[name].isfinite().all()
+        assert not torch.equal(after[name], before[name]), name
+
+
+# ---- a codec alone ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def states() -> Tensor:
+    """Of unlike directions: calibration has something to find."""
+    generator = torch.Generator().manual_seed(0)
+    mixing = torch.randn(WIDTH, WIDTH, generator=generator) * torch.logspace(0, -2, WIDTH)
+    return torch.randn(400, WIDTH, generator=generator) @ mixing.T + 1
+
+
+def test_gradients_pass_a_fitted_codec_exactly(states: Tensor) -> None:
+    """Of the map that the receiver computes with, by finite differences in double precision."""
+    codec = Codec(
+        "uplink.1-2-1", "uplink", [ProjectionStage(2, learn=False), SketchStage(2, "calibrated", 1, 1e-4, 0)], WIDTH
+    )
+    codec.fit(states)
+    codec = codec.double()
+    sent = states[:3].double().requires_grad_()
+    assert torch.autograd.gradcheck(codec, (sent,))
+
+
+def test_gradients_of_a_learned_projection_are_exact(states: Tensor) -> None:
+    codec = Codec("uplink.1-2-1", "uplink", [ProjectionStage(4, learn=True)], WIDTH)
+    codec.fit(states)
+    codec = codec.double()
+    names = [name for name, _ in codec.named_parameters()]
+
+    def apply(sent: Tensor, *values: Tensor) -> Tensor:
+        out: Tensor = torch.func.functional_call(codec, dict(zip(names, values, strict=True)), (sent,))
+        return out
+
+    assert torch.autograd.gradcheck(apply, (states[:3].double().requires_grad_(), *codec.parameters()))
+
+
+def test_a_learned_projection_learns_what_the_task_needs(states: Tensor) -> None:
+    """The task reads the first direction that the principal ones leave out."""
+    directions = torch.linalg.svd(states - states.mean(0))[2]
+    head = directions[2] / (states @ directions[2]).std()
+    codec = Codec("uplink.1-2-1", "uplink", [ProjectionStage(WIDTH / 2, learn=True)], WIDTH)
+    codec.fit(states)
+    optimizer = torch.optim.Adam(codec.parameters(), 0.03)
+    losses = []
+    for _ in range(150):
+        loss = (codec(states) @ head - states @ head).var()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 0.9, "at first nothing of it passes"
+    assert losses[-1] < 0.1
+
+
+def test_halves_make_the_whole(states: Tensor) -> None:
+    stages = [SketchStage(2, "calibrated", 3, 1e-4, 0), QuantizationStage(BlockFormat(bits=8, block=5))]
+    fitted = Codec("uplink.1-2-1", "uplink", stages, WIDTH)
+    fitted.fit(states)
+    encoder, decoder = (Codec("uplink.1-2-1", "uplink", stages, WIDTH).side(side) for side in ("encoder", "decoder"))
+    with pytest.raises(RuntimeError, match=r"stage 0 of links\.uplink\.1-2-1\.decoder\.\* is not calibrated yet"):
+        decoder(encoder(states))
+    assert encoder(states).shape == (400, fitted.width)
+    decoder.load(fitted.tensors())
+    assert torch.equal(decoder(encoder(states)), fitted(states))
+
+
+def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
+    lost = {}
+    for decoding in ("calibrated", "median", "mean"):
+        codec = Codec("uplink.1-2-1", "uplink", [SketchStage(2, decoding, 3, 1e-4, 0)], WIDTH)
+        codec.fit(states[:200])
+        lost[decoding] = float((codec(states[200:]) - states[200:]).norm() / states[200:].norm())
+    assert lost["calibrated"] < 0.5 < 1 < lost["mean"] < lost["median"]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "more", "message"),
+    [
+        (
+            [{"class_path": "SketchCompression", "init_args": {"ratio": 20}}],
+            {},
+            r"stage 0 of uplink.1-2-1 \(sketch 1/20 .*expected at least one bucket in each of 3 rows",
+        ),
+        ([INT8, SKETCH], {}, r"stage 1 of uplink.1-2-1 \(sketch .* comes after int8"),
+        (
+            [{"class_path": "LinkQuantization", "init_args": {"block": 12}}],
+            {},
+            r"stage 0 of uplink.* expected a block size that divides the width 32 .*; got 12",
+        ),
+        ([SKETCH, INT4], {}, r"stage 1 of uplink.* expected a block size that divides the width 15 .*; got 8"),
+        ([{"class_path": "LinkProjection", "init_args": {"ratio": 40}}], {}, "expected a ratio of at most 32"),
+        ([SKETCH], {"data.num_probes": 0}, "expected probe texts, got none"),
+        ([LEARNED, {"class_path": "ResourceAwareSplitting"}], {"profile": {"distribution": "mixed"}}, "cut alike"),
+        (
+            [{"class_path": "LinkProjection", "init_args": {"ratio": 1}}],
+            {"data.num_probes": 1},
+            r"stage 0 of uplink.1-2-1 \(projection 1/1, learned\): expected .* probes",
+        ),
+        ([{"class_path": "SketchCompression", "init_args": {"at": "encoder"}}], {}, "at='encoder' has no use here"),
+    ],
+)
+def test_stages_that_do_not_fit_are_refused(
+    base: Settings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    callbacks: list[Settings],
+    more: Settings,
+    message: str,
+) -> None:
+    assert cli.main(arguments(tmp_path, "run", {**with_links(base, *callbacks), **more})) != 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, shown), shown
+    assert "Traceback" not in shown
+
+
+def test_ends_that_disagree_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:
+    settings = {**base, "strategy.layout": "tiers", "strategy.num_edges": 1}
+    commands = [arguments(tmp_path, "run", with_links(settings, *used)) for used in ([SKETCH], [MEDIAN])]
+    ranks = fork_all(commands, tmp_path / "outputs")
+    assert all(forked.returncode for forked in ranks)
+    shown = " ".join("".join(forked.err for forked in ranks).split())
+    assert "stage 0 of the uplink differs: sketch 1/2 in 3 rows, calibrated" in shown
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.ckpt"))
+
+
+# ---- in any other Lightning project ----------------------------------------------------------------------------------
+
+
+class Plain(pl.LightningModule):
+    """A project that knows nothing of elsa_pl, but for a method that runs the model on public inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh())
+        self.head = nn.Linear(WIDTH, 2)
+        self.seen: list[Tensor] = []
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.encoder(inputs)
+        self.seen.append(hidden.detach())
+        out: Tensor = self.head(hidden)
+        return out
+
+    def probe_step(self, batch: Tensor) -> Tensor:
+        return self.forward(batch)
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit_plain(
+    folder: Path, *callbacks: pl.Callback, epochs: int = 1, ckpt_path: Path | None = None
+) -> tuple[Plain, pl.Trainer]:
+    pl.seed_everything(0)
+    inputs = torch.randn(40, 6)
+    data = DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), batch_size=8)
+    module = Plain()
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return module, trainer
+
+
+def probes() -> list[Tensor]:
+    return [torch.randn(64, 6, generator=torch.Generator().manual_seed(1))]
+
+
+def test_callbacks_stand_at_a_submodule(tmp_path: Path) -> None:
+    """What the rest of the model sees is what the stack leaves of the output: at most six directions plus the mean."""
+    stack = [LinkProjection(8, at="encoder", probes=probes()), LinkQuantization(8, block=4, at="encoder")]
+    module, _ = fit_plain(tmp_path, *stack)
+    assert torch.linalg.matrix_rank(module.seen[-1] - module.seen[-1].mean(0), atol=1e-3) == 4
+    untouched, _ = fit_plain(tmp_path)
+    assert torch.linalg.matrix_rank(untouched.seen[-1] - untouched.seen[-1].mean(0), atol=1e-3) > 4
+    learnt = dict(module.named_parameters())["link_encoder.ends.0.encoder.weight"]
+    fitted = fit_plain(tmp_path, *stack, epochs=0)[0]
+    assert not torch.equal(learnt, dict(fitted.named_parameters())["link_encoder.ends.0.encoder.weight"]), "it trains"
+
+
+def test_a_resumed_project_goes_on_with_what_it_learnt(tmp_path: Path) -> None:
+    def stack() -> list[pl.Callback]:
+        return [LinkProjection(8, at="encoder", probes=probes()), LinkQuantization(8, block=4, at="encoder")]
+
+    whole, _ = fit_plain(tmp_path, *stack(), epochs=2)
+    _, trainer = fit_plain(tmp_path, *stack(), epochs=1)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, _ = fit_plain(tmp_path, *stack(), epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert_equal(dict(resumed.named_parameters()), dict(whole.named_parameters()))
+
+
+def test_a_project_without_probes_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="SketchCompression at encoder needs probes"):
+        fit_plain(tmp_path, SketchCompression(2, at="encoder"))
+    with pytest.raises(ConfigurationError, match="LinkQuantization needs at, the name of a submodule"):
+        fit_plain(tmp_path, LinkQuantization())
