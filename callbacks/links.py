@@ -52,10 +52,10 @@ class LinkCallback(Callback):
         name = type(self).__name__
         if is_federated(trainer):
             if self._at is not None:
-                raise ConfigurationError(f"{name}: at={self._at!r} has no use here, where links are given: leave it out")
+                raise ConfigurationError(f"{name}: at={self._at!r} has no use here, beside links: leave it out")
             return
         if self._at is None:
-            raise ConfigurationError(f"{name} needs at, the name of a submodule, in a project without elsa_pl's strategy")
+            raise ConfigurationError(f"{name} needs at, the name of a submodule, without elsa_pl's strategy")
         stack = [other for other in _link_callbacks(trainer) if other._at == self._at]
         if stack[0] is self and not self._hooks:
             self._attach(pl_module, stack)
@@ -93,8 +93,8 @@ class LinkCallback(Callback):
         def note(_: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            kept = states[mask.bool()] if mask is not None and mask.shape == states.shape[:-1] else states.flatten(0, -2)
-            found.append(kept.detach().float())
+            masked = mask is not None and mask.shape == states.shape[:-1]
+            found.append((states[mask.bool()] if masked else states.flatten(0, -2)).detach().float())
 
         handle, training = place.register_forward_hook(note), module.training
         module.eval()

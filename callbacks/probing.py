@@ -142,6 +142,7 @@ def agree(trainer: "pl.Trainer", value: Value) -> Value:
 
 
 def is_federated(trainer: "pl.Trainer") -> bool:
+    """Whether it runs under `elsa_pl`'s strategy."""
     return hasattr(trainer.strategy, "gather_clients")
 
 
