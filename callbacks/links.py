@@ -93,8 +93,9 @@ class LinkCallback(Callback):
         def note(_: nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            masked = mask is not None and mask.shape == states.shape[:-1]
-            found.append((states[mask.bool()] if masked else states.flatten(0, -2)).detach().float())
+            if mask is not None and mask.shape == states.shape[:-1]:
+                states = states[mask.bool()]
+            found.append(states.flatten(0, -2).detach().float())
 
         handle, training = place.register_forward_hook(note), module.training
         module.eval()
