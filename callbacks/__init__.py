@@ -2,12 +2,13 @@
 
 from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering
-from elsa_pl.callbacks.links import LinkProjection, LinkQuantization, SketchCompression
+from elsa_pl.callbacks.links import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.callbacks.progress import RoundProgress
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
 from elsa_pl.callbacks.trust import TrustScoring
 
 __all__ = [
+    "SSOP",
     "BehaviorClustering",
     "LatencyAwareAssignment",
     "LinkProjection",

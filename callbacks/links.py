@@ -8,6 +8,7 @@ Several of them stack in the order in which they are given.
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 
 from elsa_pl.callbacks.probing import is_federated
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.links import LINKS, Codec, Link, Stage
+from elsa_pl.links.perturbation import PerturbationStage, Undo
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchDecoding, SketchStage
 
 
@@ -58,26 +61,33 @@ class LinkCallback(Callback):
             raise ConfigurationError(f"{name} needs at, the name of a submodule, without elsa_pl's strategy")
         stack = [other for other in _link_callbacks(trainer) if other._at == self._at]
         if stack[0] is self and not self._hooks:
-            self._attach(pl_module, stack)
+            self._attach(pl_module, stack, f"rank-{trainer.global_rank}")
 
-    def _attach(self, module: "pl.LightningModule", stack: "list[LinkCallback]") -> None:
+    def _attach(self, module: "pl.LightningModule", stack: "list[LinkCallback]", client: str) -> None:
         """Put the codec of all callbacks at this place into the module, where optimizers and checkpoints find it."""
         assert self._at is not None
         place = module.get_submodule(self._at)
         registered = "link_" + self._at.replace(".", "_")
         if not hasattr(module, registered):
             states = self._probed(module, place, stack)
-            made = Codec(self._at, "uplink", [other.stage for other in stack], states.shape[-1])
+            made = Codec(self._at, "uplink", [other.stage for other in stack], states.shape[-1], client)
             made.fit(states)
             module.add_module(registered, made.to(states.device))
         codec = cast(Codec, module.get_submodule(registered))
+        self._replace_output(place, codec)
+        for other in stack:
+            other._attach_return(module, codec, client)
 
+    def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
+        """Put what the stage does elsewhere into the module."""
+
+    def _replace_output(self, place: nn.Module, codec: Codec) -> None:
         def replace(_: nn.Module, args: Any, output: Any) -> Any:
             states = output[0] if isinstance(output, tuple) else output
             decoded = codec(states)
             return (decoded, *output[1:]) if isinstance(output, tuple) else decoded
 
-        self._hooks = [place.register_forward_hook(replace)]
+        self._hooks.append(place.register_forward_hook(replace))
 
     def _probed(self, module: "pl.LightningModule", place: nn.Module, stack: "list[LinkCallback]") -> Tensor:
         """What the submodule says about the probes: a row for each token that is no padding."""
@@ -206,6 +216,85 @@ class LinkProjection(LinkCallback):
         probes: Iterable[Any] | None = None,
     ) -> None:
         super().__init__(ProjectionStage(ratio, learn), links, at, probes)
+
+
+class SSOP(LinkCallback):
+    """Turns what leaves a client by a rotation that only its secret gives (SS-OP).
+
+    Args:
+        rank: of the semantic subspace of public texts' states, inside of which is turned. A small one stops a reader
+            only who does not look at the rest: see ``PrivacyAudit``.
+        undo: ``tail``: the edge is curious and computes on turned states; it costs accuracy. ``edge``: the edge is
+            trusted and the link is not; it costs none.
+        complement: what becomes of the part outside of the subspace: ``keep``, ``sketch`` or ``drop``.
+        ratio: with ``complement="sketch"``, numbers of that part over numbers sent.
+        rekey: another rotation for every pass; None: where the edge undoes it.
+        secret_file: a text that only those have who may turn back; between sites there must be one, made for example by
+            ``python -c "import secrets; print(secrets.token_hex(16))"``. Without it, secrets follow from the seed of
+            the run, or in any other project from ``seed``: right for a simulation, and no secret.
+        seed: of the sketch's hashes; no secret.
+        at, probes: see `LinkCallback`.
+        decode_at: in any other project, and with ``undo="tail"``, the submodule whose output is turned back.
+
+    Raises:
+        ConfigurationError: from the start of a run, a place or a secret that is missing.
+        ValueError: a rank below 1, or an unknown ``undo`` or ``complement``.
+
+    Source:
+        ELSA, arXiv 2601.13824 (``undo="tail"``, ``complement="keep"``); `elsa_pl.functional.perturbation` has the
+        formulas.
+    """
+
+    def __init__(
+        self,
+        rank: int = 64,
+        undo: Undo = "tail",
+        complement: Complement = "keep",
+        *,
+        ratio: float = 4.0,
+        rekey: bool | None = None,
+        secret_file: str | None = None,
+        seed: int = 0,
+        at: str | None = None,
+        decode_at: str | None = None,
+        probes: Iterable[Any] | None = None,
+    ) -> None:
+        stage = PerturbationStage(rank, undo, complement, ratio, undo == "edge" if rekey is None else rekey, seed)
+        super().__init__(stage, LINKS, at, probes)
+        self._perturbation, self._undo, self._secret_file, self._seed = stage, undo, secret_file, seed
+        self._decode_at = decode_at
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        strategy: Any = trainer.strategy
+        back = self._undo == "tail" and not is_federated(trainer)
+        if back != (self._decode_at is not None):
+            raise ConfigurationError(
+                f"SSOP with undo={self._undo!r} {'needs' if back else 'has no use for'} decode_at here: it is the"
+                " submodule that turns back what the edge does not, in a project without elsa_pl's strategy"
+            )
+        if self._secret_file is not None:
+            path = Path(self._secret_file)
+            if not path.is_file() or not path.read_text().strip():
+                raise ConfigurationError(f"expected a secret in secret_file; got none in {path}: see the help of SSOP")
+            self._perturbation.secret = path.read_text().strip()
+        elif not is_federated(trainer):
+            self._perturbation.secret = f"simulation {self._seed}"
+        elif strategy.layout != "site":
+            self._perturbation.secret = f"simulation {cast(Any, pl_module).seed}"
+        elif strategy.world.role == "host" or (self._undo == "edge" and strategy.world.role == "edge"):
+            raise ConfigurationError("between sites SSOP needs secret_file: see its help")
+        super().setup(trainer, pl_module, stage)
+
+    def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
+        if self._decode_at is None:
+            return
+        width = next(value.shape[0] for value in codec.parameters())
+        back = Codec(self._decode_at, "downlink", [self.stage], width, client)
+        back.fit(torch.eye(width), codec)  # of the uplink's subspace, whatever the states there
+        registered = "link_" + self._decode_at.replace(".", "_")
+        if not hasattr(module, registered):
+            module.add_module(registered, back.to(module.device))
+        self._replace_output(module.get_submodule(self._decode_at), cast(Codec, module.get_submodule(registered)))
 
 
 def _link_callbacks(trainer: "pl.Trainer") -> list[LinkCallback]:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
+from elsa_pl.links import crossing
 from elsa_pl.rpc.board import Board
 from elsa_pl.rpc.remote import exposed
 
@@ -52,20 +53,28 @@ class EdgeService:
         self._wire = device if device_to_device else torch.device("cpu")
 
     @exposed
-    def forward(self, client: str, hidden: Tensor, attention_mask: Tensor, key: tuple[int | str, ...] | None) -> Tensor:
+    def forward(
+        self,
+        client: str,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        key: tuple[int | str, ...] | None,
+        number: int,
+    ) -> Tensor:
         """Run a client's middle.
 
         Args:
             client: whose session.
-            hidden: (B, T, D).
+            hidden: (B, T, D), or what the link's stages make of it.
             attention_mask: (B, T), bool.
             key: place of the step in the run, for dropout draws; None for evaluation.
+            number: of the pass over the links.
 
         Returns:
-            (B, T, D); inside a remote autograd context it carries gradients back.
+            (B, T, D), or what the link's stages make of it; inside a remote autograd context it carries gradients back.
         """
         session = self.sessions[client]
-        with session.computing(key):
+        with session.computing(key), crossing(number):
             out = session(hidden.to(self._device), attention_mask.to(self._device, torch.long))
             return out.to(self._wire)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from elsa_pl import cli
-from elsa_pl.callbacks import LinkProjection, LinkQuantization, SketchCompression
+from elsa_pl.callbacks import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.links import Codec
@@ -28,6 +28,10 @@ WHOLE = {
     "class_path": "LinkProjection",
     "init_args": {"ratio": 1.03, "learn": False},
 }  # 31: LayerNorm takes the mean out
+AT_TAIL = {"class_path": "SSOP", "init_args": {"rank": 16}}
+AT_EDGE = {"class_path": "SSOP", "init_args": {"rank": 31, "undo": "edge"}}  # LayerNorm takes the mean out
+OUTSIDE = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "complement": "sketch", "ratio": 2}}
+DROPPED = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "complement": "drop"}}
 WAYS = [(link, way) for link in ("uplink", "downlink") for way in ("forward", "backward")]
 
 
@@ -59,6 +63,9 @@ def with_links(base: Settings, *callbacks: Settings) -> dict[str, Any]:
         ((INT8,), 9),  # 32 bytes and one scale of two, in words of four
         ((LEARNED,), 8),
         ((LEARNED, INT4), 2),  # four bytes, one scale
+        ((AT_TAIL,), WIDTH),
+        ((OUTSIDE,), 8 + 15),
+        ((DROPPED, INT4), 2),
     ],
 )
 def test_links_carry_what_the_stages_leave(
@@ -75,11 +82,17 @@ def test_links_carry_what_the_stages_leave(
     # evaluation goes the same way, without gradients
     assert counted["downlink"]["forward"] > counted["downlink"]["backward"]
     assert counted["downlink"]["forward"] % (4 * numbers) == 0
-    fitted = {SKETCH["class_path"]: 15 * WIDTH + WIDTH} if SKETCH in callbacks else {}
-    # both rounds and the start, four clients; the client decodes the downlink
-    assert counted["calibration"]["down"] == 3 * 4 * 4 * sum(fitted.values()) + (LEARNED in callbacks) * 4 * 4 * (
-        WIDTH * 8 + 8 + 8 * WIDTH + WIDTH
-    )
+    # what a client has of both links: it decodes the downlink, and turns with the subspace, at one end or both
+    subspace, decoder = WIDTH * 8, 15 * WIDTH + WIDTH
+    fitted = {
+        "SketchCompression": decoder if SKETCH in callbacks else 0,
+        "LinkProjection": WIDTH * 8 + 8 + 8 * WIDTH + WIDTH,
+        "SSOP": 2 * WIDTH * 16 if AT_TAIL in callbacks else 3 * subspace + (decoder if OUTSIDE in callbacks else WIDTH),
+    }
+    # each of both rounds and the start, four clients; what trains is an adapter once it has started
+    times = 1 if LEARNED in callbacks else 3
+    expected = sum(fitted.get(str(callback["class_path"]), 0) for callback in callbacks)
+    assert counted["calibration"]["down"] == times * 4 * 4 * expected
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -91,13 +104,20 @@ def test_a_projection_on_all_directions_changes_nothing(base: Settings, tmp_path
     assert_close(rotated.adapters(), plain.adapters(), atol=2e-4)
 
 
+def test_what_the_edge_undoes_changes_nothing(base: Settings, tmp_path: Path) -> None:
+    plain = run_here(tmp_path, "plain", base)
+    turned = run_here(tmp_path, "turned", with_links(base, AT_EDGE))
+    assert_close(turned.adapters(), plain.adapters(), atol=2e-4)
+    assert turned.summary()["test_loss"] == pytest.approx(plain.summary()["test_loss"], abs=1e-4)
+
+
 def test_compressed_links_change_what_is_learnt(base: Settings, tmp_path: Path) -> None:
     plain = run_here(tmp_path, "plain", base).adapters()
     sketched = run_here(tmp_path, "sketched", with_links(base, SKETCH, INT8)).adapters()
     assert any(not torch.equal(sketched[name], value) for name, value in plain.items())
 
 
-@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4)])
+@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4), (AT_TAIL, SKETCH)])
 def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = with_links(base, *callbacks)
     single = run_here(tmp_path, "single", settings)
@@ -110,7 +130,7 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
     assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4)])
+@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4), (AT_TAIL,)])
 def test_resumed_is_uninterrupted(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = {**with_links(base, *callbacks), "trainer.max_epochs": 3}
     whole = run_here(tmp_path, "whole", settings)
@@ -231,6 +251,12 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
             {"data.num_probes": 1},
             r"stage 0 of uplink.1-2-1 \(projection 1/1, learned\): expected .* probes",
         ),
+        ([SKETCH, AT_TAIL], {}, r"stage 1 of uplink.* \(SS-OP of rank 16.* comes after sketch"),
+        ([AT_TAIL, LEARNED], {}, "states whose directions are known, but SSOP has turned them"),
+        ([DROPPED, SKETCH], {}, "nothing that is calibrated can follow complement='drop'"),
+        ([{"class_path": "SSOP", "init_args": {"rank": 33}}], {}, "a rank of at most the width 32; got 33"),
+        ([{"class_path": "SSOP", "init_args": {"rekey": True}}], {}, "expected rekey=false with undo='tail'"),
+        ([{"class_path": "SSOP", "init_args": {"secret_file": "no"}}], {}, "expected a secret in secret_file"),
         ([{"class_path": "SketchCompression", "init_args": {"at": "encoder"}}], {}, "at='encoder' has no use here"),
     ],
 )
@@ -287,12 +313,12 @@ class Plain(pl.LightningModule):
 
 
 def fit_plain(
-    folder: Path, *callbacks: pl.Callback, epochs: int = 1, ckpt_path: Path | None = None
+    folder: Path, *callbacks: pl.Callback, epochs: int = 1, ckpt_path: Path | None = None, make: type[Plain] = Plain
 ) -> tuple[Plain, pl.Trainer]:
     pl.seed_everything(0)
     inputs = torch.randn(40, 6)
     data = DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), batch_size=8)
-    module = Plain()
+    module = make()
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=list(callbacks),
@@ -338,3 +364,27 @@ def test_a_project_without_probes_is_told_so(tmp_path: Path) -> None:
         fit_plain(tmp_path, SketchCompression(2, at="encoder"))
     with pytest.raises(ConfigurationError, match="LinkQuantization needs at, the name of a submodule"):
         fit_plain(tmp_path, LinkQuantization())
+
+
+def test_what_is_turned_is_turned_back_elsewhere(tmp_path: Path) -> None:
+    """The model in between computes on turned states; without one in between, nothing is lost."""
+
+    class Between(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.middle = nn.Identity()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            hidden = self.encoder(inputs)
+            back = self.middle(hidden)
+            self.seen.append(torch.stack([hidden, back]).detach())
+            out: Tensor = self.head(back)
+            return out
+
+    plain, _ = fit_plain(tmp_path, make=Between)
+    turning = SSOP(16, at="encoder", decode_at="middle", probes=probes())
+    turned, _ = fit_plain(tmp_path, turning, make=Between)
+    hidden, back = turned.seen[-1]
+    assert (hidden - plain.seen[-1][0]).norm() > 0.1 * hidden.norm()
+    assert_close({"back": back}, {"back": plain.seen[-1][1]}, atol=1e-4)
+    assert_close({"head": turned.head.weight}, {"head": plain.head.weight}, atol=1e-4)

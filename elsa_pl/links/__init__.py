@@ -1,6 +1,7 @@
 """What happens to hidden states and their gradients between a client and its edge."""
 
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
+from elsa_pl.links.perturbation import crossing
 from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
 
-__all__ = ["LINKS", "PREFIX", "Codec", "Ends", "Link", "LinkEnd", "Seen", "Stage"]
+__all__ = ["LINKS", "PREFIX", "Codec", "Ends", "Link", "LinkEnd", "Seen", "Stage", "crossing"]

@@ -83,12 +83,13 @@ class Codec(nn.Module):
         link: which of the two.
         stages: in the order of the sender.
         width: D.
+        client: whose; None for a codec that is made to fit those of all clients.
 
     Raises:
         ConfigurationError: stages that do not fit the width or each other; with the stage and the link.
     """
 
-    def __init__(self, name: str, link: Link, stages: Sequence[Stage], width: int) -> None:
+    def __init__(self, name: str, link: Link, stages: Sequence[Stage], width: int, client: str | None = None) -> None:
         super().__init__()
         self.name, self._stages, self._fitted = name, stages, False
         self.ends = nn.ModuleList()
@@ -98,8 +99,10 @@ class Codec(nn.Module):
                 raise ConfigurationError(
                     f"{where} comes after {stages[number - 1].describe()}, whose numbers are bits: put it before"
                 )
+            if number and stage.first:
+                raise ConfigurationError(f"{where} comes after {stages[number - 1].describe()}: put it before")
             try:
-                made = stage.ends(width, link)
+                made = stage.ends(width, link, client)
             except ValueError as error:
                 raise ConfigurationError(f"{where}: {error}") from error
             self.ends.append(made)
@@ -117,27 +120,35 @@ class Codec(nn.Module):
         fits = [number for number, stage in enumerate(self._stages) if stage.fits and not self._fitted]
         return LinkEnd(self.name, side, ends, fits)
 
-    def fit(self, states: Tensor) -> None:
+    def fit(self, states: Tensor, uplink: "Codec | None" = None) -> None:
         """Fit all stages, each to what arrives at it.
 
         Args:
             states: of public texts at this cut, padding left out. [Q, D]
+            uplink: of a downlink, the same client's uplink, fitted already.
 
         Raises:
             ConfigurationError: a stage cannot be fitted to them; with the stage and the link.
         """
+        seen = Seen.of(states)
         for number, stage in enumerate(self._stages):
-            ends = self.ends[number]
-            assert isinstance(ends, Ends)
-            if stage.fits:
-                try:
-                    stage.fit(ends, Seen.of(states))
-                except ValueError as error:
-                    raise ConfigurationError(f"stage {number} of {self.name} ({stage.describe()}): {error}") from error
-            if any(later.fits for later in self._stages[number + 1 :]):
-                with torch.no_grad():
-                    states = ends.encoder(states)
+            ends = self._ends_of(stage)
+            assert ends is not None
+            try:
+                if stage.fits:
+                    stage.fit(ends, seen, None if uplink is None else uplink._ends_of(stage))
+                if any(later.fits for later in self._stages[number + 1 :]):
+                    seen = stage.pass_on(ends, seen)
+            except ValueError as error:
+                raise ConfigurationError(f"stage {number} of {self.name} ({stage.describe()}): {error}") from error
         self._fitted = True
+
+    def _ends_of(self, stage: Stage) -> Ends | None:
+        if stage not in self._stages:
+            return None
+        ends = self.ends[self._stages.index(stage)]
+        assert isinstance(ends, Ends)
+        return ends
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is fitted or trains, of both sides, by name."""

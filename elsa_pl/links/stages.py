@@ -34,12 +34,12 @@ class Seen:
     """States of public texts as they arrive at a stage.
 
     Attributes:
-        states: a row for each token. [Q, K]
+        states: a row for each token; None where only their moments are known. [Q, K]
         mean: [K]
         covariance: [K, K]
     """
 
-    states: Tensor
+    states: Tensor | None
     mean: Tensor
     covariance: Tensor
 
@@ -69,32 +69,46 @@ class Stage(ABC):
     Attributes:
         fits: it must see states of public texts before it can be used.
         trains: it has parameters that train with the adapters.
+        first: nothing can come before it.
         last: nothing can follow it.
     """
 
     fits = False
     trains = False
+    first = False
     last = False
 
     @abstractmethod
-    def ends(self, width: int, link: Link) -> Ends:
+    def ends(self, width: int, link: Link, client: str | None) -> Ends:
         """Make both ends, not fitted yet.
 
         Args:
             width: D of the states that arrive.
             link: where; the two links of a client do not share what is drawn.
+            client: whose; None for ends that are made to fit those of all clients.
 
         Raises:
             ValueError: the settings do not fit this width.
         """
 
-    def fit(self, ends: Ends, seen: Seen) -> None:
+    def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
         """Fit the ends to what arrives at this stage; called only if it `fits`.
+
+        Args:
+            ends: those to fit.
+            seen: what arrives.
+            paired: of a downlink, the ends of the same stage on the uplink, if it is there too.
 
         Raises:
             ValueError: they cannot be fitted to it.
         """
         raise NotImplementedError
+
+    def pass_on(self, ends: Ends, seen: Seen) -> Seen:
+        """What arrives at the stage after this one."""
+        assert seen.states is not None
+        with torch.no_grad():
+            return Seen.of(ends.encoder(seen.states))
 
     @abstractmethod
     def describe(self) -> str:
@@ -118,12 +132,12 @@ class SketchStage(Stage):
         self.fits = decoding == "calibrated"
         self._ratio, self._decoding, self._num_rows, self._ridge, self._seed = ratio, decoding, num_rows, ridge, seed
 
-    def ends(self, width: int, link: Link) -> Ends:
+    def ends(self, width: int, link: Link, client: str | None) -> Ends:
         drawn = sketch.draw_sketch(width, self._ratio, derive_seed(self._seed, "sketch", link), num_rows=self._num_rows)
         decoder = Affine(drawn.width, width) if self.fits else _HashDecoder(drawn, self._decoding)
         return Ends(_SketchEncoder(drawn), decoder, drawn.width)
 
-    def fit(self, ends: Ends, seen: Seen) -> None:
+    def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
         assert isinstance(ends.encoder, _SketchEncoder)
         assert isinstance(ends.decoder, Affine)
         fitted = sketch.calibrate(ends.encoder.matrix, seen.mean, seen.covariance, ridge=self._ridge)
@@ -191,7 +205,7 @@ class QuantizationStage(Stage):
     def __init__(self, format: BlockFormat) -> None:
         self._format = format
 
-    def ends(self, width: int, link: Link) -> Ends:
+    def ends(self, width: int, link: Link, client: str | None) -> Ends:
         if width % self._format.block and self._format.block < width:
             raise ValueError(
                 f"expected a block size that divides the width {width} of what is quantized; got {self._format.block}:"
@@ -236,14 +250,18 @@ class ProjectionStage(Stage):
             raise ValueError(f"expected a finite ratio >= 1; got {ratio}")
         self._ratio, self.trains = ratio, learn
 
-    def ends(self, width: int, link: Link) -> Ends:
+    def ends(self, width: int, link: Link, client: str | None) -> Ends:
         kept = int(width / self._ratio)
         if kept < 1:
             raise ValueError(f"expected a ratio of at most {width}, the width; got {self._ratio:g}: nothing is left")
         encoder, decoder = Affine(width, kept, learn=self.trains), Affine(kept, width, learn=self.trains)
         return Ends(encoder, decoder, kept)
 
-    def fit(self, ends: Ends, seen: Seen) -> None:
+    def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
+        if seen.states is None:
+            raise ValueError(
+                "expected states whose directions are known, but SSOP has turned them; leave one of both out"
+            )
         mean, components = principal_projection(seen.states, ends.width)
         assert isinstance(ends.encoder, Affine)
         assert isinstance(ends.decoder, Affine)

@@ -190,12 +190,12 @@ class Fleet:
             new_sessions = [(edge, client) for edge in sessions for client in topology.clients_of(edge)]
             new_clients = rounds.local_names
         for edge, client in new_sessions:
-            session = module.make_middle(placement.plans[client], self._places.edge_device)
+            session = module.make_middle(client, placement.plans[client], self._places.edge_device)
             if client in sessions[edge]:
                 session.take_optimizer_state(sessions[edge][client])
             sessions[edge][client] = session
         for name in new_clients:
-            front, tail = module.make_ends(placement.plans[name], self._places.client_device)
+            front, tail = module.make_ends(name, placement.plans[name], self._places.client_device)
             if name in rounds.clients:
                 there = rounds.clients[name]
                 if name not in recut:

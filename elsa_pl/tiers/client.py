@@ -1,5 +1,6 @@
 """One client: its front and tail, and the passes that cross its edge. `elsa_pl.tiers.step` makes steps of them."""
 
+import itertools
 import threading
 from collections import Counter
 from collections.abc import Mapping
@@ -11,6 +12,8 @@ import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
 from elsa_pl.errors import RemoteError
+from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.links import crossing
 from elsa_pl.rpc.remote import PendingCall, call, start_call
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.tail import TailModule
@@ -72,6 +75,7 @@ class Client:
     ) -> None:
         self.name, self.front, self.tail, self.edge = name, front, tail, edge
         self.traffic = Traffic()
+        self._evaluations = itertools.count()
         self._device = device
         self._wire = device if device_to_device else torch.device("cpu")
 
@@ -104,7 +108,8 @@ class Client:
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
         mask = batch["attention_mask"].to(self._wire, torch.bool)
-        with self.front.computing(key):
+        number = derive_seed(*(("evaluation", next(self._evaluations)) if key is None else key))
+        with self.front.computing(key), crossing(number):
             sent = self.front(batch).to(self._wire)
         self._count("uplink", sent, mask)
         received = call(
@@ -115,10 +120,11 @@ class Client:
             sent,
             mask,
             key,
+            number,
             timeout_s=self.edge.timeout_s,
         )
         self._count("downlink", received)
-        with self.tail.computing(key):
+        with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), batch)
 
     def _count(self, link: str, hidden: Tensor, *others: Tensor) -> None:

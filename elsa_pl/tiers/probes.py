@@ -93,7 +93,7 @@ class ProbeModel:
                         value.copy_(adapters[name])
             if "downlink" in codecs:
                 with _replaced(self._blocks[plan.front - 1], uplink):
-                    codecs["downlink"].fit(self._states_after(plan.front + plan.middle, batches))
+                    codecs["downlink"].fit(self._states_after(plan.front + plan.middle, batches), uplink)
 
     def _states_after(self, num_blocks: int, batches: Sequence[Batch]) -> Tensor:
         """Hidden states after so many blocks, a row for each token that is no padding."""

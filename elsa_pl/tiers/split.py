@@ -215,15 +215,19 @@ class SplitModel(EvaluatedModel):
                     stages[link].append(stage)
         return stages
 
-    def codecs(self, plan: SplitPlan) -> dict[Link, Codec]:
+    def codecs(self, plan: SplitPlan, client: str | None = None) -> dict[Link, Codec]:
         """New codecs for a client that is cut so; none for a link without stages.
+
+        Args:
+            plan: with the middle filled in.
+            client: whose; None for codecs that are made to fit those of all clients.
 
         Raises:
             ConfigurationError: stages that do not fit the model or each other.
         """
         cut_at = f"{plan.front}-{plan.middle}-{plan.tail}"
         return {
-            link: Codec(f"{link}.{cut_at}", link, stages, self._hidden_size)
+            link: Codec(f"{link}.{cut_at}", link, stages, self._hidden_size, client)
             for link, stages in self.link_stages().items()
             if stages
         }
@@ -288,21 +292,21 @@ class SplitModel(EvaluatedModel):
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
 
-    def make_ends(self, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
+    def make_ends(self, client: str, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
         """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
         front, _, tail = self._parts_for(plan)
         shared = (self.make_optimizer, self.precision_on(device), device)
-        codecs = self.codecs(plan)
+        codecs = self.codecs(plan, client)
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
         return FrontModule(replicate(front), *shared, encode=encode), TailModule(
             replicate(tail), *shared, decode=decode
         )
 
-    def make_middle(self, plan: SplitPlan, device: torch.device) -> MiddleModule:
+    def make_middle(self, client: str, plan: SplitPlan, device: torch.device) -> MiddleModule:
         """A client's session at its edge."""
         _, middle, _ = self._parts_for(plan)
-        codecs = self.codecs(plan)
+        codecs = self.codecs(plan, client)
         return MiddleModule(
             replicate(middle),
             self.make_optimizer,
