@@ -2,6 +2,7 @@
 
 from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering
+from elsa_pl.callbacks.communication import CommunicationMonitor
 from elsa_pl.callbacks.links import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.callbacks.progress import RoundProgress
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
@@ -10,6 +11,7 @@ from elsa_pl.callbacks.trust import TrustScoring
 __all__ = [
     "SSOP",
     "BehaviorClustering",
+    "CommunicationMonitor",
     "LatencyAwareAssignment",
     "LinkProjection",
     "LinkQuantization",

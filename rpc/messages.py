@@ -79,6 +79,7 @@ class RoundReport:
         num_bytes: payload bytes sent, by ``link/direction``.
         lost: clients that this process gave up on.
         work: what each client of this process did.
+        traffic: messages and payload bytes of each client of this process, by ``link/direction``.
     """
 
     loss_sum: float = 0.0
@@ -88,6 +89,7 @@ class RoundReport:
     num_bytes: dict[str, int] = field(default_factory=dict)
     lost: tuple[str, ...] = ()
     work: dict[str, Work] = field(default_factory=dict)
+    traffic: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

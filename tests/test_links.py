@@ -1,10 +1,12 @@
 """Runs whose links are compressed: what crosses is what was asked for, and nothing else about a run changes."""
 
+import json
 import re
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
@@ -93,6 +95,36 @@ def test_links_carry_what_the_stages_leave(
     times = 1 if LEARNED in callbacks else 3
     expected = sum(fitted.get(str(callback["class_path"]), 0) for callback in callbacks)
     assert counted["calibration"]["down"] == times * 4 * 4 * expected
+
+
+@pytest.mark.parametrize("callbacks", [(), (LEARNED, INT4)])
+def test_counted_bytes_are_those_of_the_connections(
+    base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]
+) -> None:
+    """Of a host, steps alone: what the kernel says its connections carried, both ways."""
+    settings = {
+        **with_links(
+            base, *callbacks, {"class_path": "CommunicationMonitor"}, {"class_path": "tests.wire.WireRecorder"}
+        ),
+        "strategy.layout": "tiers",
+        "strategy.local_steps": 4,
+        "trainer.max_epochs": 1,
+    }
+    run = run_forked(tmp_path, "run", settings, 2)
+    carried = json.loads((run.folder / "wire.json").read_text())
+    assert len(carried) == 4
+    counted = pd.read_csv(run.folder / "traffic.csv").query("phase == 'training'")
+    assert set(counted["client"]) == {"client-0", "client-1", "client-2", "client-3"}
+    assert set(counted["messages"]) == {4}
+    up = counted.query("(link == 'uplink') == (direction == 'forward')")["wire_bytes"].sum()
+    down = counted.query("(link == 'uplink') != (direction == 'forward')")["wire_bytes"].sum()
+    assert up == pytest.approx(sum(step["sent"] for step in carried), rel=0.05)
+    assert down == pytest.approx(sum(step["received"] for step in carried), rel=0.05)
+    by_place = counted.groupby(["link", "direction"])["payload_bytes"].sum()
+    for link, way in WAYS[1:]:
+        total = run.summary()["bytes"][link][way]
+        assert total == by_place[link, way] or way == "forward", "evaluation goes forward as well"
+        assert run.metrics()[0][f"traffic/{link}_{way}"] == by_place[link, way]
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------

@@ -3,5 +3,19 @@
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
 from elsa_pl.links.perturbation import crossing
 from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
+from elsa_pl.links.traffic import Counts, Traffic, wire_bytes
 
-__all__ = ["LINKS", "PREFIX", "Codec", "Ends", "Link", "LinkEnd", "Seen", "Stage", "crossing"]
+__all__ = [
+    "LINKS",
+    "PREFIX",
+    "Codec",
+    "Counts",
+    "Ends",
+    "Link",
+    "LinkEnd",
+    "Seen",
+    "Stage",
+    "Traffic",
+    "crossing",
+    "wire_bytes",
+]

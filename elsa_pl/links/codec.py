@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.links.stages import Ends, Link, Seen, Stage
+from elsa_pl.links.traffic import Traffic
 
 PREFIX = "links."
 Side = Literal["encoder", "decoder"]
@@ -91,7 +92,8 @@ class Codec(nn.Module):
 
     def __init__(self, name: str, link: Link, stages: Sequence[Stage], width: int, client: str | None = None) -> None:
         super().__init__()
-        self.name, self._stages, self._fitted = name, stages, False
+        self.name, self._link, self._stages, self._fitted = name, link, stages, False
+        self.traffic = Traffic()
         self.ends = nn.ModuleList()
         for number, stage in enumerate(stages):
             where = f"stage {number} of {name} ({stage.describe()})"
@@ -111,7 +113,9 @@ class Codec(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """What the receiver computes with: decode(encode(states))."""
-        decoded: Tensor = self.side("decoder")(self.side("encoder")(states))
+        sent = self.side("encoder")(states)
+        self.traffic.crossed(self._link, sent)
+        decoded: Tensor = self.side("decoder")(sent)
         return decoded
 
     def side(self, side: Side) -> LinkEnd:

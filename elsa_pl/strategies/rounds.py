@@ -340,10 +340,10 @@ class Rounds:
 
     def take_report(self) -> RoundReport:
         """What this process did since the last report."""
-        for name, client in self.clients.items():
-            sent = client.traffic.take()
-            self._traffic.update(sent)
-            for place, count in sent.items():
+        traffic = {name: client.traffic.take() for name, client in self.clients.items()}
+        for name, counts in traffic.items():
+            for place, (_, count) in counts.items():
+                self._traffic[place] += count
                 leaves = place in ("uplink/forward", "downlink/backward")
                 self._work.setdefault(name, Counter())["up_bytes" if leaves else "down_bytes"] += count
         for name, result in self._results:
@@ -359,6 +359,7 @@ class Rounds:
             num_bytes=dict(self._traffic),
             lost=tuple(sorted(self._given_up)),
             work={name: Work(**work) for name, work in self._work.items()},
+            traffic=traffic,
         )
         self._results, self._traffic, self._work = [], Counter(), {}
         self._seconds = dict.fromkeys(self._seconds, 0.0)

@@ -1,10 +1,8 @@
 """One client: its front and tail, and the passes that cross its edge. `elsa_pl.tiers.step` makes steps of them."""
 
 import itertools
-import threading
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from elsa_pl.errors import RemoteError
 from elsa_pl.functional.seeding import derive_seed
-from elsa_pl.links import crossing
+from elsa_pl.links import Traffic, crossing
 from elsa_pl.rpc.remote import PendingCall, call, start_call
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.tail import TailModule
@@ -29,26 +27,6 @@ class EdgeAddress:
     worker: str
     service: str
     timeout_s: float
-
-
-@dataclass
-class Traffic:
-    """Payload bytes by ``link/direction``; gradients arrive on autograd's threads, hence the lock."""
-
-    num_bytes: Counter[str] = field(default_factory=Counter)
-    _lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def add(self, link: str, direction: str, *tensors: Tensor) -> None:
-        """Count tensors sent over a link."""
-        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        with self._lock:
-            self.num_bytes[f"{link}/{direction}"] += total
-
-    def take(self) -> Counter[str]:
-        """Return the counts so far and start again."""
-        with self._lock:
-            taken, self.num_bytes = self.num_bytes, Counter()
-        return taken
 
 
 class Client:
@@ -111,7 +89,7 @@ class Client:
         number = derive_seed(*(("evaluation", next(self._evaluations)) if key is None else key))
         with self.front.computing(key), crossing(number):
             sent = self.front(batch).to(self._wire)
-        self._count("uplink", sent, mask)
+        self.traffic.crossed("uplink", sent, mask)
         received = call(
             self.edge.worker,
             self.edge.service,
@@ -123,14 +101,9 @@ class Client:
             number,
             timeout_s=self.edge.timeout_s,
         )
-        self._count("downlink", received)
+        self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), batch)
-
-    def _count(self, link: str, hidden: Tensor, *others: Tensor) -> None:
-        self.traffic.add(link, "forward", hidden, *others)
-        if hidden.requires_grad:
-            hidden.register_hook(lambda gradient: self.traffic.add(link, "backward", gradient))
 
     def ask_edge(self, method: str, *args: object) -> PendingCall:
         """Start a call to this client's session at its edge."""

@@ -393,6 +393,7 @@ class SplitModel(EvaluatedModel):
 
     def _log_round(self, reports: list[RoundReport]) -> None:
         """Log sums over all processes, so that every rank has the same metrics to monitor."""
+        self._show_traffic(reports, "training")
         num_bytes: Counter[str] = Counter()
         seconds: Counter[str] = Counter()
         for report in reports:
@@ -443,8 +444,18 @@ class SplitModel(EvaluatedModel):
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
         # here, because a checkpoint comes next: what the next round's report had, a resumed run would not know of
-        for report in self._strategy.world.exchange(self._strategy.rounds.take_report()).values():
+        reports = list(self._strategy.world.exchange(self._strategy.rounds.take_report()).values())
+        for report in reports:
             self.num_bytes.update(report.num_bytes)
+        if not self.trainer.sanity_checking:
+            self._show_traffic(reports, "validation")
+
+    def _show_traffic(self, reports: list[RoundReport], phase: str) -> None:
+        """Hand on to the callbacks that have ``on_traffic`` what crossed each client's links since the last time."""
+        traffic = {client: counts for report in reports for client, counts in report.traffic.items()}
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
+            if hasattr(callback, "on_traffic"):
+                callback.on_traffic(self.trainer, phase, traffic)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elsa_identity"] = self.identity(self.trainer.datamodule.labels)  # type: ignore[attr-defined]
