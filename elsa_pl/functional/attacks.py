@@ -23,7 +23,7 @@ scores leave them out.
 Shapes: N seen tokens, M public tokens, K width of what is seen, r rank of the rotated subspace.
 """
 
-import Final
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -157,7 +157,7 @@ def alignment_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, subspa
     if subspace is None:
         return nearest_neighbours(*_aligned(seen, public), public_tokens)
     _require_subspace(subspace, seen.shape[1])
-    turned, target = _aligned(*(states @ subspace.to(states) for states in (seen, public)))
+    turned, target = _aligned(*(states.double() @ subspace.to(states.device).double() for states in (seen, public)))
     return nearest_neighbours(
         torch.cat([turned, outside(seen, subspace).to(turned)], 1),
         torch.cat([target, outside(public, subspace).to(target)], 1),
