@@ -142,8 +142,9 @@ def common_directions(seen: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(torch.promote_types(seen.dtype, public.dtype), torch.float32)
     cross = seen.detach().double().T @ public.detach().to(seen.device).double()
     left, strengths, right = torch.linalg.svd(cross)
-    # Pairs are known in their own precision, and their products lose half of its digits once more.
-    rank = int((strengths > strengths[0] * max(cross.shape) * torch.finfo(dtype).eps).sum())
+    # What two equal states differ by is rounding, on both sides of a product.
+    rounding = max(torch.finfo(states.dtype).eps for states in (seen, public)) ** 2
+    rank = int((strengths > strengths[0] * len(cross) * max(rounding, torch.finfo(cross.dtype).eps)).sum())
     if not rank:
         raise ValueError("expected pairs of states that are not all 0: give other pairs")
     return left[:, :rank].to(dtype), right[:rank].T.to(dtype)
