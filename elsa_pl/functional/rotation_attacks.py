@@ -133,6 +133,7 @@ def common_directions(seen: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
         >>> left.shape, torch.allclose(seen @ left, public @ right)
         (torch.Size([3, 1]), True)
     """
+    require_rows(seen, "seen states of the pairs")
     require_pairwise(seen, public, "public states of the pairs")
     if len(seen) != len(public):
         raise ValueError(
@@ -178,8 +179,11 @@ def procrustes_attack(
         tensor([7, 8])
     """
     require_public(seen, public, public_tokens)
-    require_pairwise(known_seen, seen, "seen states")
     left, right = common_directions(known_seen, known_public)
+    if len(left) != seen.shape[1]:
+        raise ValueError(
+            f"expected pairs of states of width {seen.shape[1]}, as those seen; got {len(left)}: take both from one link"
+        )
     return nearest_neighbours(_coordinates(seen, left), _coordinates(public, right), public_tokens)
 
 

@@ -207,6 +207,8 @@ def test_procrustes_needs_pairs(public: Text, private: Text) -> None:
     assert recovered(procrustes_attack(sent, public.states, public.tokens, *unrelated), private) < 0.5
     with pytest.raises(ValueError, match=r"seen states of the pairs .*at least one; got torch.float32 \[0, 24\]"):
         procrustes_attack(sent, public.states, public.tokens, sent[:0], sent[:0])
+    with pytest.raises(ValueError, match="pairs of states of width 24, as those seen; got 23: take both"):
+        procrustes_attack(sent, public.states, public.tokens, sent[:, 1:], sent[:, 1:])
 
 
 def test_common_directions_are_the_rotation() -> None:
@@ -364,10 +366,10 @@ def test_minilm_links(minilm: tuple[Text, Text, list[int]]) -> None:
     codec = principal_projection(public.states, 48)
     assert naive(encode(private.states, *codec), encode(public.states, *codec)) > 0.9 * highest
 
-    sent, subspace = rotated(private, public, 32)
-    assert naive(sent, public.states) < 0.75 * highest
+    sent, subspace = rotated(private, public, 128)
+    assert naive(sent, public.states) < 0.6 * highest
     guesses = complement_attack(sent, public.states, public.tokens, subspace)
-    assert token_recovery(guesses, private.tokens, special) > highest - 0.02
+    assert token_recovery(guesses, private.tokens, special) > 0.9 * highest
 
 
 def test_minilm_wholly_rotated(minilm: tuple[Text, Text, list[int]]) -> None:

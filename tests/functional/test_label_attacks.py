@@ -21,7 +21,7 @@ def labels(count: int = 120, num_classes: int = 4) -> Tensor:
 
 
 def gradients(truth: Tensor, confidence: Tensor) -> Tensor:
-    """Of the loss by the states before a linear head, as autograd has them; logits lean to the truth by `confidence`."""
+    """Of the loss by the states before a linear head; logits lean to the truth by `confidence`."""
     states, head = draw(len(truth), 16).requires_grad_(), draw(16, 4, seed=1)
     leaning = confidence[:, None] * F.one_hot(truth, 4)
     F.cross_entropy(0.1 * states @ head + leaning, truth).backward()
@@ -109,7 +109,7 @@ def test_bad_input() -> None:
         pool(draw(2, 3, 4), torch.tensor([[1, 1, 0], [0, 0, 0]]))
     with pytest.raises(ValueError, match="a group for each of 3 labels; got 2"):
         matched_share(torch.tensor([0, 1]), torch.tensor([0, 1, 1]))
-    with pytest.raises(ValueError, match="labels as whole numbers, .*got torch.float32"):
+    with pytest.raises(ValueError, match=r"labels as whole numbers, .*got torch.float32"):
         matched_share(torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
-    with pytest.raises(ValueError, match="groups as whole numbers, .*at least one; got torch.int64"):
+    with pytest.raises(ValueError, match=r"groups as whole numbers, .*at least one; got torch.int64"):
         matched_share(torch.tensor([], dtype=torch.long), torch.tensor([0]))
