@@ -7,7 +7,7 @@ They differ in what a secret rotation of the states leaves them to compare:
 
 | attack | compares | is stopped by |
 |---|---|---|
-| `nearest_neighbours` | the states themselves | a rotation of more than a few directions |
+| `nearest_neighbours` | the states themselves | a rotation of many directions |
 | `complement_attack` | what lies outside of the rotated subspace | a rotation of nearly all directions |
 | `alignment_attack` | coordinates along principal directions | few texts, or texts unlike the public ones |
 | `signature_attack` | lengths and inner products | nothing that keeps them, as rotations do |

@@ -87,7 +87,8 @@ def inverter_attack(
         weights = _trained(weights, known, classes, max_epochs, learning_rate, held_out, generator)
         with torch.no_grad():
             guesses = [_logits(rows, weights).argmax(1) for rows in found.split(_BATCH)]
-        return tokens[torch.cat(guesses)].to(seen.device)
+        found_tokens: Tensor = tokens[torch.cat(guesses)].to(seen.device)
+    return found_tokens
 
 
 def _initial(known: Tensor, classes: Tensor, num_hidden: int, generator: torch.Generator) -> list[Tensor]:

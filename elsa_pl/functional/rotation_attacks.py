@@ -9,7 +9,16 @@ a seen and a public state, known or guessed, give the rotation by a singular val
                                                   +---------------------------------------------------+
 
 Guesses from signatures are right often enough for that once a rotation is used for some dozens of texts. So a rotation
-hides little by itself, however large the subspace: it must change often, or something must be lost besides.
+hides little by itself, however large the subspace: it must change often, or something must be lost besides. Of tokens
+of TREC questions, MiniLM after its first block, all 384 directions rotated once, with 1,000 other TREC questions as
+public text:
+
+| texts under one rotation | signatures | refined | cap |
+|---|---|---|---|
+| 4 | 42% | 48% | 85% |
+| 16 | 52% | 62% | 85% |
+| 64 | 54% | 81% | 83% |
+| 200 | 56% | 84% | 84% |
 
 Rows are tokens, padding left out: with ``mask`` [B, T], states are ``states[mask]`` and texts ``mask.nonzero()[:, 0]``.
 
@@ -182,7 +191,8 @@ def procrustes_attack(
     left, right = common_directions(known_seen, known_public)
     if len(left) != seen.shape[1]:
         raise ValueError(
-            f"expected pairs of states of width {seen.shape[1]}, as those seen; got {len(left)}: take both from one link"
+            f"expected pairs of states of width {seen.shape[1]}, as those seen; got {len(left)}: take both from one "
+            "link"
         )
     return nearest_neighbours(_coordinates(seen, left), _coordinates(public, right), public_tokens)
 
