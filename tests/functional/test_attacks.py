@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elsa_pl.datamodules import helpdesk
-from elsa_pl.functional import attacks
+from elsa_pl.functional import attacks, inverter
 from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours, nearest_rows
 from elsa_pl.functional.inverter import inverter_attack
 from elsa_pl.functional.perturbation import draw_rotation, perturb, semantic_subspace
@@ -165,6 +165,14 @@ def test_a_text_is_alone_with_its_neighbours(private: Text) -> None:
     torch.testing.assert_close(found[:, :5], signatures(private.states, private.texts)[alone][:, :5])
 
 
+def test_signatures_count_in_units_of_their_spread(public: Text, private: Text) -> None:
+    guesses = [
+        signature_attack(scale * private.states, private.texts, scale * public.states, public.texts, public.tokens)
+        for scale in (1, 2**-10)
+    ]
+    assert torch.equal(*guesses)
+
+
 def test_signatures_read_a_full_rotation(public: Text, private: Text) -> None:
     sent, _ = rotated(private, public, WIDTH)
     guesses = signature_attack(sent, private.texts, public.states, public.texts, public.tokens)
@@ -182,6 +190,16 @@ def test_refinement_finds_the_rotation(public: Text, private: Text) -> None:
     assert recovered(guesses, private) > 0.95
     wrong = torch.full_like(start, 39)
     assert recovered(refined_attack(sent, public.states, public.tokens, wrong), private) < 0.5
+
+
+def test_refinement_from_guesses_nine_tenths_wrong(public: Text, private: Text) -> None:
+    """With all directions at once, three quarters would come back."""
+    sent, _ = rotated(private, public, WIDTH)
+    generator = torch.Generator().manual_seed(0)
+    wrong = torch.rand(len(sent), generator=generator) < 0.9
+    drawn = public.tokens[torch.randint(len(public.tokens), (len(sent),), generator=generator)]
+    guesses = refined_attack(sent, public.states, public.tokens, torch.where(wrong, drawn, private.tokens))
+    assert recovered(guesses, private) > 0.95
 
 
 def test_refinement_leaves_out_guesses_that_are_not_public(public: Text, private: Text) -> None:
@@ -203,6 +221,7 @@ def test_procrustes_needs_pairs(public: Text, private: Text) -> None:
         shares[count] = recovered(procrustes_attack(sent, public.states, public.tokens, *pairs), private)
     assert shares[200] > 0.95
     assert shares[1] + 0.2 < shares[4] <= shares[200]
+    assert shares[1] > 0.4, "of the directions that pairs leave open, the length counts"
     unrelated = draw(200, WIDTH), draw(200, WIDTH, seed=1)
     assert recovered(procrustes_attack(sent, public.states, public.tokens, *unrelated), private) < 0.5
     with pytest.raises(ValueError, match=r"seen states of the pairs .*at least one; got torch.float32 \[0, 24\]"):
@@ -251,11 +270,17 @@ def test_an_inverter_takes_signatures(public: Text, private: Text) -> None:
     assert recovered(guesses, private) > majority_floor(private.tokens, SPECIAL) + 0.2
 
 
-def test_an_inverter_of_noise_stops_early() -> None:
-    """Nothing can be learnt: with the part held out it falls back on what is frequent, and without it on noise."""
+@pytest.mark.parametrize("patience", [2, 1000])
+def test_an_inverter_of_noise_falls_back_on_what_is_frequent(patience: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be learnt but by heart, which the part held out tells: training ends, and what it did is undone."""
+    monkeypatch.setattr(inverter, "_PATIENCE", patience)
+    steps = []
+    step = torch.optim.Adam.step
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda *given: steps.append(1) or step(*given))
     tokens = (torch.arange(600) % 10 == 0).long() * 7
     guesses = inverter_attack(draw(200, 50, seed=1), draw(600, 50), tokens, num_hidden=64, max_epochs=100)
     assert (guesses == 0).float().mean() > 0.9
+    assert (len(steps) < 3 * 50) == (patience == 2), "three steps in each of at most 100 epochs"
 
 
 def test_an_inverter_knows_rare_ids_and_runs_without_autograd(public: Text, private: Text) -> None:
