@@ -102,16 +102,15 @@ def test_counted_bytes_are_those_of_the_connections(
     base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]
 ) -> None:
     """Of a host, steps alone: what the kernel says its connections carried, both ways."""
+    recorder = {"class_path": "tests.wire.WireRecorder", "init_args": {"path": str(tmp_path / "wire.json")}}
     settings = {
-        **with_links(
-            base, *callbacks, {"class_path": "CommunicationMonitor"}, {"class_path": "tests.wire.WireRecorder"}
-        ),
+        **with_links(base, *callbacks, {"class_path": "CommunicationMonitor"}, recorder),
         "strategy.layout": "tiers",
         "strategy.local_steps": 4,
         "trainer.max_epochs": 1,
     }
     run = run_forked(tmp_path, "run", settings, 2)
-    carried = json.loads((run.folder / "wire.json").read_text())
+    carried = json.loads((tmp_path / "wire.json").read_text())
     assert len(carried) == 4
     counted = pd.read_csv(run.folder / "traffic.csv").query("phase == 'training'")
     assert set(counted["client"]) == {"client-0", "client-1", "client-2", "client-3"}

@@ -48,8 +48,10 @@ def principal_directions(states: Tensor, width: int) -> Tensor:
     _require_enough_probes(num_probes, width)
     centred = states.double() - states.double().mean(0)
     _, strengths, rows = torch.linalg.svd(centred, full_matrices=False)
-    if strengths[width - 1] <= strengths[0] * max(states.shape) * torch.finfo(states.dtype).eps:
-        rank = int((strengths > strengths[0] * max(states.shape) * torch.finfo(states.dtype).eps).sum())
+    # rounding of the states' own dtype, which more rows do not make relatively larger
+    least = strengths[0] * num_hidden * torch.finfo(states.dtype).eps
+    if strengths[width - 1] <= least:
+        rank = int((strengths > least).sum())
         raise ValueError(
             f"expected probe representations that vary in at least width={width} directions; got {rank}: "
             "give more varied probes or lower the width"
