@@ -4,6 +4,7 @@ from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering
 from elsa_pl.callbacks.communication import CommunicationMonitor
 from elsa_pl.callbacks.links import SSOP, LinkProjection, LinkQuantization, SketchCompression
+from elsa_pl.callbacks.privacy import PrivacyAudit
 from elsa_pl.callbacks.progress import RoundProgress
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
 from elsa_pl.callbacks.trust import TrustScoring
@@ -15,6 +16,7 @@ __all__ = [
     "LatencyAwareAssignment",
     "LinkProjection",
     "LinkQuantization",
+    "PrivacyAudit",
     "ResourceAwareSplitting",
     "RoundProgress",
     "SketchCompression",

@@ -378,6 +378,11 @@ class FederatedTextDataModule(L.LightningDataModule):
     def _tokenize(self, rows: Rows, origin: str) -> TokenizedExamples:
         return tokenize(self._require_tokenizer(), rows.texts, rows.pairs, rows.codes, self.max_length, origin)
 
+    @property
+    def special_ids(self) -> list[int]:
+        """Token ids that stand for no text, such as [CLS]."""
+        return list(self._require_tokenizer().all_special_ids)
+
     def _require_tokenizer(self) -> "PreTrainedTokenizerBase":
         if self._tokenizer is None:
             if self.tokenizer_name is None:

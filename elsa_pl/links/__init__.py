@@ -1,12 +1,13 @@
 """What happens to hidden states and their gradients between a client and its edge."""
 
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
-from elsa_pl.links.perturbation import crossing
+from elsa_pl.links.perturbation import NOBODY, crossing
 from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
 from elsa_pl.links.traffic import Counts, Traffic, wire_bytes
 
 __all__ = [
     "LINKS",
+    "NOBODY",
     "PREFIX",
     "Codec",
     "Counts",

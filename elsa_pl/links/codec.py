@@ -154,6 +154,22 @@ class Codec(nn.Module):
         assert isinstance(ends, Ends)
         return ends
 
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take over what was fitted or has trained, of both sides.
+
+        Raises:
+            KeyError: something is missing.
+        """
+        with torch.no_grad():
+            for name, value in self.tensors().items():
+                value.copy_(tensors[name])
+        self._fitted = True
+
+    @property
+    def subspace(self) -> Tensor | None:
+        """In which SS-OP turns, [D, r]; None without it. It is public."""
+        return next((value for name, value in self.named_parameters() if name.endswith("subspace")), None)
+
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is fitted or trains, of both sides, by name."""
         return {**self.side("encoder").tensors(), **self.side("decoder").tensors()}

@@ -34,6 +34,8 @@ from elsa_pl.links.stages import Affine, Ends, Link, Seen, Stage
 
 Undo = Literal["tail", "edge"]
 _NUM_ROWS = 3
+NOBODY = ""
+"""Client name of ends that turn nothing: those of an attacker who looks at public texts."""
 _ROTATIONS_KEPT = 4  # passes in flight want the same ones; each is as large as the subspace's rank squared
 
 _crossing: ContextVar[int] = ContextVar("crossing", default=0)
@@ -89,6 +91,7 @@ class PerturbationStage(Stage):
             raise ValueError(f"expected a rank of at most the width {width}; got {self._rank}: lower the rank")
         # what is fitted is fitted to states that are turned by a rotation that is nobody's
         secret = "public" if client is None else None if self.secret is None else f"{self.secret}/{client}"
+        secret = NOBODY if client == NOBODY else secret
         key = _Key(secret, "uplink" if self._undo == "tail" else link, self._rank, self._rekey)
         if link == "downlink" and self._undo == "tail":
             return Ends(nn.Identity(), _Restorer(width, key), width)
@@ -147,6 +150,8 @@ class _Key:
 
     def rotation(self) -> Tensor:
         """That of the pass under way, [r, r]."""
+        if self._secret == NOBODY:
+            return torch.eye(self.rank)
         if self._secret is None:
             raise RuntimeError("this process does not know the secret of SSOP: give it secret_file")
         number = _crossing.get() if self._rekey else 0

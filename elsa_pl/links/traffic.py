@@ -14,8 +14,8 @@ OVERHEAD_BYTES = {
     "uplink/backward": 1075,
     "downlink/backward": 1425,
 }
-"""What RPC adds to a message: its envelope, and for gradients the calls that come with them (autograd's bookkeeping, the
-optimizer's step at the edge).
+"""What RPC adds to a message: its envelope, and for gradients the calls that come with them, such as autograd's
+bookkeeping and the optimizer's step at the edge.
 
 Measured as the growth of the kernel's TCP counters, torch 2.13, TensorPipe over ``uv``; a test holds it against them.
 """

@@ -29,6 +29,25 @@ class EdgeAddress:
     timeout_s: float
 
 
+@dataclass(frozen=True)
+class Exposed:
+    """What one pass shows, and what it was made from.
+
+    Attributes:
+        states: of the front, before the link's stages. [B, T, D]
+        sent: what the link carries of them.
+        number: of the pass over the links.
+        outputs: of the middle. [B, T, D]
+        gradients: of the loss with respect to `outputs`, which the edge receives. [B, T, D]
+    """
+
+    states: Tensor
+    sent: Tensor
+    number: int
+    outputs: Tensor
+    gradients: Tensor
+
+
 class Client:
     """A client of the federation, as the process that hosts it sees it.
 
@@ -104,6 +123,24 @@ class Client:
         self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), batch)
+
+    def expose(self, batch: Batch) -> Exposed:
+        """A pass over a batch with labels, with all that a curious edge gets to see of it."""
+        batch = {name: value.to(self._device) for name, value in batch.items()}
+        number = derive_seed("audit", next(self._evaluations))
+        with self.front.computing(None), crossing(number):
+            states = self.front.part(batch)
+            sent = self.front.encoded(states)
+        mask = batch["attention_mask"].to(self._wire, torch.bool)
+        edge = self.edge
+        arguments = (self.name, sent.to(self._wire), mask, None, number)
+        received = call(edge.worker, edge.service, "forward", *arguments, timeout_s=edge.timeout_s)
+        with self.tail.computing(None), crossing(number), torch.enable_grad():
+            outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
+            (gradients,) = torch.autograd.grad(self.tail.part(batch, outputs).loss, outputs)
+        return Exposed(
+            states.float().cpu(), sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu()
+        )
 
     def ask_edge(self, method: str, *args: object) -> PendingCall:
         """Start a call to this client's session at its edge."""

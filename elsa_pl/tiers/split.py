@@ -109,6 +109,7 @@ class SplitModel(EvaluatedModel):
         self._held: list[PeftModel] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
         self._resolved_plan: SplitPlan | None = None
+        self._published: dict[str, Tensor] = {}  # what links were fitted to
         self._checked: set[SplitPlan] = set()
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
@@ -259,8 +260,16 @@ class SplitModel(EvaluatedModel):
             return bool(stages)
         return any(name.startswith(PREFIX) and bool(value.isnan().any()) for name, value in self.adapters.items())
 
+    def known_codecs(self, plan: SplitPlan, client: str) -> dict[Link, Codec]:
+        """Codecs with all that was published for them, both sides: for looking at what crosses."""
+        codecs = self.codecs(plan, client)
+        for codec in codecs.values():
+            codec.load({**self._published, **self.global_adapters()})
+        return codecs
+
     def start_links(self, fitted: Mapping[str, Tensor]) -> None:
         """What trains at the ends of links starts at these values, unless it has started."""
+        self._published = dict(fitted)
         with torch.no_grad():
             for name, value in self.adapters.items():
                 if name.startswith(PREFIX) and value.isnan().any():

@@ -1,0 +1,303 @@
+"""How much of the texts a run gives away: the attacks of `elsa_pl.functional` on what links really carry.
+
+Two readers are told apart. The *edge* decodes the uplink, with the secret where SS-OP is undone there. The *link* reads
+what passes and decodes it with all that is public, so without the secret. Without a secret at the edge the two see the
+same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from elsa_pl.callbacks.drawing import new_figure, save, style, title
+from elsa_pl.callbacks.probing import is_federated, log_agreed
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours
+from elsa_pl.functional.inverter import inverter_attack
+from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
+from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
+from elsa_pl.functional.rotation_attacks import procrustes_attack, refined_attack, signature_attack
+from elsa_pl.links import NOBODY, crossing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PROBES_TOGETHER = 16
+_COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """Rows of tokens, text after text.
+
+    Attributes:
+        states: [N, D]
+        ids: [N]
+        texts: number of the text of each. [N]
+        passes: number of the pass in which each was sent. [N]
+    """
+
+    states: Tensor
+    ids: Tensor
+    texts: Tensor
+    passes: Tensor
+
+
+class PrivacyAudit(Callback):
+    """Attacks the uplink of one client on held-out texts after a round, and reports the best attacker.
+
+    ``privacy.csv`` has, by round and reader, the share of tokens that each attack recovers (special tokens do not
+    count), next to the floor (guessing the commonest), the cap (tokens that occur in public text at all), accuracy and
+    bytes so far; and the share of labels that clusters of what the edge sees agree with. ``privacy.png`` shows accuracy
+    against the best attacker. The best of each reader is logged as ``privacy/<reader>``, labels as
+    ``privacy/labels``.
+
+    What answers what: a sketch, a projection or quantization sends less and hides little, because the nearest public
+    state still tells the token. SS-OP undone at the edge is against readers of the link, and none against the edge.
+    SS-OP undone at the tail is against the edge, as far as the figures here say; many texts under one rotation give it
+    away. Nothing here hides labels from an edge that sees gradients.
+
+    The attackers' public texts are the probes. Held-out texts are validation texts, some of which the attacker knows
+    (for Procrustes); those are not scored.
+
+    Args:
+        num_texts: held-out texts that are attacked, about.
+        num_known: of them, known to the attacker, about.
+        every_n_rounds: rounds between audits.
+        pictures: draw into the run's folder.
+
+    Raises:
+        ConfigurationError: numbers out of range; from the start of a run, no `elsa_pl` strategy, probes or validation
+            texts.
+
+    Source:
+        `elsa_pl.functional.attacks`, `rotation_attacks`, `inverter` and `label_attacks` have the formulas.
+    """
+
+    def __init__(
+        self, num_texts: int = 100, num_known: int = 16, *, every_n_rounds: int = 1, pictures: bool = True
+    ) -> None:
+        if not 0 < num_known < num_texts or every_n_rounds < 1:
+            raise ConfigurationError(
+                f"expected 0 < num_known < num_texts and every_n_rounds >= 1; got {num_known}, {num_texts} and"
+                f" {every_n_rounds}"
+            )
+        self._num_texts, self._num_known = num_texts, num_known
+        self._every, self._pictures = every_n_rounds, pictures
+        self._rows: list[list[Any]] = []
+        self._last: dict[str, float] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._rows}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._rows = state_dict["rows"]
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if not is_federated(trainer):
+            raise ConfigurationError("PrivacyAudit attacks the links of elsa_pl: it needs HierarchicalStrategy")
+        if pl_module.task != "classification":
+            raise ConfigurationError(f"PrivacyAudit works on classification; got task={pl_module.task!r}: leave it out")
+
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Before the checkpoint is written, which holds the rows."""
+        if not trainer.training and trainer.state.fn != "fit":
+            return
+        if trainer.sanity_checking or (trainer.current_epoch + 1) % self._every:
+            return
+        strategy: Any = trainer.strategy
+        client = strategy.rounds.topology.clients[0]
+        mine = None
+        if client in strategy.rounds.clients:
+            with torch.inference_mode(False):
+                mine = self._audit(trainer, pl_module, client)
+        found = [answer for answer in strategy.world.exchange(mine).values() if answer is not None]
+        if not found:  # the client's host is gone
+            return
+        shares, floor, most = found[0]
+        module: Any = pl_module
+        accuracy = float(trainer.callback_metrics["val_accuracy"])
+        total = sum(module.num_bytes.values())
+        for (reader, what), share in shares.items():
+            bounds = [floor, most] if reader != "labels" else [None, None]
+            self._rows.append([trainer.current_epoch, reader, what, share, *bounds, accuracy, total])
+        readers = {reader for reader, _ in shares}
+        self._last = {
+            f"privacy/{reader}": max(share for (other, _), share in shares.items() if other == reader)
+            for reader in sorted(readers)
+        }
+
+    def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if self._last:
+            log_agreed(trainer, self._last)
+        self._last = {}
+        if trainer.is_global_zero and self._rows:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            table = pd.DataFrame(self._rows, columns=_COLUMNS)
+            table.to_csv(folder / "privacy.csv", index=False)
+            if self._pictures:
+                save(draw_privacy(table), folder / "privacy.png")
+
+    def _audit(
+        self, trainer: "pl.Trainer", module: Any, name: str
+    ) -> tuple[dict[tuple[str, str], float], float, float]:
+        """Shares by reader and attack, the floor and the cap."""
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+        strategy: Any = trainer.strategy
+        client, plan = strategy.rounds.clients[name], strategy.placement.plans[name]
+        special = data.special_ids
+        batches = _some(data.eval_batches("validation"), self._num_texts)
+        own, nobody = (module.known_codecs(plan, who).get("uplink") for who in (name, NOBODY))
+
+        public_parts, seen_parts = [], {"edge": [], "link": []}  # type: ignore[var-annotated]
+        for batch in data.probe_batches(_PROBES_TOGETHER):
+            with client.front.computing(None):
+                states = client.front.part(batch).float().cpu()
+                public_parts.append((states if nobody is None else nobody(states), batch))
+        pooled: dict[str, list[Tensor]] = {"uplink": [], "middle": [], "gradients": []}
+        for batch in batches:
+            exposed = client.expose(batch)
+            with torch.no_grad(), crossing(exposed.number):
+                for reader, codec in (("edge", own), ("link", nobody)):
+                    read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
+                    seen_parts[reader].append((read, batch))
+            mask = batch["attention_mask"]
+            pooled["uplink"].append(pool(seen_parts["edge"][-1][0], mask))
+            pooled["middle"].append(pool(exposed.outputs, mask))
+            pooled["gradients"].append(pool(exposed.gradients, mask))
+
+        public = _rows(public_parts)
+        seen = {reader: _rows(parts) for reader, parts in seen_parts.items()}
+        if torch.equal(seen["edge"].states, seen["link"].states):
+            seen = {"edge": seen["edge"]}
+        subspace = None if nobody is None else nobody.subspace
+        truth_states = _rows([(client_states, batch) for client_states, batch in self._plain(client, batches)])
+        shares: dict[tuple[str, str], float] = {}
+        for reader, tokens in seen.items():
+            guesses = self._attack(tokens, public, subspace, truth_states.states)
+            scored = ~self._known(tokens)
+            _, table = best_of_all(
+                {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
+            )
+            shares |= {(reader, attack): share for attack, share in table.items()}
+        labels = torch.cat([batch["labels"] for batch in batches])
+        num_classes = int(module.num_labels)
+        if len(labels) >= num_classes:
+            for what, parts in pooled.items():
+                by: Any = "direction" if what == "gradients" else "distance"
+                groups = label_clusters(torch.cat(parts), num_classes, by=by)
+                shares["labels", what] = matched_share(groups, labels)
+        scored_ids = seen["edge"].ids[~self._known(seen["edge"])]
+        return shares, majority_floor(scored_ids, special, public.ids), cap(scored_ids, public.ids, special)
+
+    @staticmethod
+    def _plain(client: Any, batches: list[Mapping[str, Tensor]]) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
+        """States of the texts that the attacker knows, as anyone with the global model computes them."""
+        found = []
+        for batch in batches:
+            with client.front.computing(None):
+                found.append((client.front.part(batch).float().cpu(), batch))
+        return found
+
+    def _known(self, tokens: _Tokens) -> Tensor:
+        """Which of the tokens belong to texts that the attacker knows: short and long ones."""
+        return tokens.texts % (self._num_texts // self._num_known) == 0
+
+    def _attack(self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor) -> dict[str, Tensor]:
+        """What each attacker takes the tokens for."""
+        known = self._known(seen)
+        aimed = (public.states, public.ids)
+        guesses = {
+            "nearest": nearest_neighbours(seen.states, *aimed),
+            "signatures": signature_attack(seen.states, seen.texts, public.states, public.texts, public.ids),
+            "alignment": alignment_attack(seen.states, *aimed, subspace),
+            "inverter": inverter_attack(seen.states, *aimed),
+            "procrustes": procrustes_attack(seen.states, *aimed, seen.states[known], plain[known]),
+        }
+        guesses["refined"] = refined_attack(seen.states, *aimed, guesses["signatures"])
+        apart = torch.empty_like(seen.ids), torch.empty_like(seen.ids)  # for rotations that change with every pass
+        for number in seen.passes.unique():
+            own = seen.passes == number
+            states, texts = seen.states[own], seen.texts[own]
+            apart[0][own] = signature_attack(states, texts, public.states, public.texts, public.ids)
+            apart[1][own] = refined_attack(states, *aimed, apart[0][own])
+        guesses["signatures, by pass"], guesses["refined, by pass"] = apart
+        if subspace is not None and subspace.shape[1] < subspace.shape[0]:
+            guesses["complement"] = complement_attack(seen.states, *aimed, subspace.detach())
+        return guesses
+
+
+def draw_privacy(table: pd.DataFrame) -> "Figure":
+    """Draw accuracy against what the best attacker recovers, a dot for each round and reader.
+
+    Args:
+        table: that of ``privacy.csv``.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if table.empty:
+        raise ValueError("expected rows of an audit; got none: audit at least one round")
+    tokens = table[table["reader"] != "labels"]
+    best = tokens.groupby(["round", "reader"]).agg(
+        share=("share", "max"), accuracy=("accuracy", "first"), bytes=("bytes", "first")
+    )
+    figure = new_figure(6.4, 4.8)
+    axes = figure.subplots()
+    style(axes)
+    for (reader, marker), colour in zip((("edge", "o"), ("link", "s")), ("#0072B2", "#D55E00"), strict=True):
+        if reader not in best.index.get_level_values("reader"):
+            continue
+        points = best.xs(reader, level="reader")
+        axes.plot(100 * points["share"], 100 * points["accuracy"], color=colour, linewidth=0.8, alpha=0.5)
+        axes.scatter(100 * points["share"], 100 * points["accuracy"], marker=marker, color=colour, label=reader)
+        for number in {points.index[0], points.index[-1]}:
+            at = points.loc[number]
+            text = f"round {number + 1}, {at['bytes'] / 1e6:.1f} MB"
+            place = (100 * at["share"], 100 * at["accuracy"])
+            axes.annotate(text, place, xytext=(6, 6), textcoords="offset points", fontsize=8)
+    for name, label in (("floor", "commonest token"), ("cap", "cap")):
+        value = 100 * float(tokens[name].iloc[-1])
+        axes.axvline(value, color="#999999", linestyle=":", linewidth=1)
+        axes.annotate(label, (value, 2), rotation=90, fontsize=8, color="#666666", ha="right", va="bottom")
+    axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="validation accuracy, %")
+    axes.set_xlabel("tokens recovered by the best attacker, %")
+    axes.legend(title="who reads", loc="lower right", frameon=False)
+    last = best.xs(best.index.get_level_values("round").max(), level="round")
+    title(figure, f"The best attacker recovers {100 * last['share'].max():.0f}% of the tokens")
+    return figure
+
+
+def _rows(parts: list[tuple[Tensor, Mapping[str, Tensor]]]) -> _Tokens:
+    """Tokens that are no padding, of batches of states [B, T, D]."""
+    states, ids, texts, passes = [], [], [], []
+    before = 0
+    for number, (values, batch) in enumerate(parts):
+        mask = batch["attention_mask"].bool()
+        states.append(values[mask].float().detach())
+        ids.append(batch["input_ids"][mask])
+        texts.append(mask.nonzero()[:, 0] + before)
+        passes.append(torch.full_like(texts[-1], number))
+        before += len(mask)
+    return _Tokens(torch.cat(states), torch.cat(ids), torch.cat(texts), torch.cat(passes))
+
+
+def _some(batches: list[Mapping[str, Tensor]], num_texts: int) -> list[Mapping[str, Tensor]]:
+    """About so many texts, short and long: batches come in order of length.
+
+    Raises:
+        ConfigurationError: there are none.
+    """
+    stride = max(1, sum(len(batch["input_ids"]) for batch in batches) // num_texts)
+    if not batches:
+        raise ConfigurationError("PrivacyAudit needs validation texts: set data.validation_fraction or validation_file")
+    # copies, since what was made under inference mode has no gradients
+    return [{name: value[::stride].clone() for name, value in batch.items()} for batch in batches]
