@@ -29,6 +29,18 @@ def test_local_training_on_two_ranks(tmp_path: Path) -> None:
     }
 
 
+def test_compressed_links(tmp_path: Path) -> None:
+    script = ROOT / "examples" / "compressed_links.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=110
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    accuracy = re.search(r"accuracy: plain ([\d.]+), compressed ([\d.]+)", done.stdout)
+    assert accuracy is not None
+    assert min(map(float, accuracy.groups())) > 0.8
+    assert "numbers sent for each state: 96 plain, 48 compressed" in done.stdout
+
+
 def test_examples_use_callbacks_only() -> None:
     for script in (ROOT / "examples").glob("*.py"):
         used = set(re.findall(r"^(?:from|import) (elsa_pl[\w.]*)", script.read_text(), re.MULTILINE))
