@@ -1,12 +1,12 @@
 """Does behaviour show who belongs together, and who is not to be trusted?
 
     python -m benchmarks.behaviour groups --data_root DATA_ROOT [--kinds groups sources]
-    python -m benchmarks.behaviour trust --data_root DATA_ROOT [--rounds 3] [--ways trust]
+    python -m benchmarks.behaviour trust --data_root DATA_ROOT [--clients 20] [--rounds 3] [--ways trust]
 
 ``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
-``trust``: 20 clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of
-trust against the truth after round 3, next to that of scores by the divergence of predictions, and the accuracy after
-the last round with trust, other aggregators, and without the faulty.
+``trust``: clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of trust
+against the truth after round 3, next to that of scores by the divergence of predictions, and the accuracy after the
+last round with trust, other aggregators, and without the faulty.
 
 Every cell is whole runs of the command, in layout ``single``, as many at a time as there are cores. Finished runs with
 the same settings are found again in ``--output`` and not repeated: use a fresh folder after a change of the code.
@@ -51,12 +51,12 @@ RECORDERS = "benchmarks.recorder"
 Settings = Mapping[str, Any]
 
 
-def data_settings(data_set: str, data_root: Path, seed: int, more: Settings) -> dict[str, Any]:
+def data_settings(data_set: str, data_root: Path, seed: int, num_clients: int, more: Settings) -> dict[str, Any]:
     """What the data module of a run is made with."""
     return {
         "train_file": str(data_root / data_set / "train.csv"),
         "test_file": str(data_root / data_set / "test.csv"),
-        "num_clients": NUM_CLIENTS,
+        "num_clients": num_clients,
         "num_probes": NUM_PROBES,
         "max_length": 32,
         "alpha": ALPHA,
@@ -122,7 +122,7 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
         more: dict[str, Any] = {"partition": partition, "num_groups": NUM_GROUPS}
         if faulty:
             more |= {"faulty_fraction": faulty / NUM_CLIENTS, "fault": "flipped_labels"}
-        data = data_settings(data_set, data_root, seed, more)
+        data = data_settings(data_set, data_root, seed, NUM_CLIENTS, more)
         settings = common(data, WARMUP_ROUNDS, WARMUP_STEPS)
         recorder = {"class_path": f"{RECORDERS}.UpdateRecorder"}
         jobs.append((name, {**settings, "trainer.callbacks": [CLUSTERING, recorder], "trainer.limit_val_batches": 0}))
@@ -177,23 +177,25 @@ def divergence_scores(rounds: Sequence[Mapping[str, torch.Tensor]]) -> dict[str,
     return dict(zip(clients, trust.tolist(), strict=True))
 
 
-def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, ways: Sequence[str]) -> None:
+def trust(
+    data_root: Path, output: Path, data_sets: Sequence[str], num_clients: int, rounds: int, ways: Sequence[str]
+) -> None:
     """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
-    faults = (None, *FAULTS) if len(ways) > 1 else tuple(FAULTS)
+    faults = (None, *FAULTS) if "without" in ways else tuple(FAULTS)
     jobs, truths = {}, {}
     for data_set, fault, seed in itertools.product(data_sets, faults, SEEDS):
         more: dict[str, Any] = {"partition": "dirichlet", "batch_size": TRUST_BATCH}
         # the same clients are faulty whatever their fault, and without them it does not matter
         faulty = {"faulty_fraction": 0.25, "fault": fault or "flipped_labels", **FAULTS.get(fault or "", {})}
-        data = data_settings(data_set, data_root, seed, more | faulty)
+        data = data_settings(data_set, data_root, seed, num_clients, more | faulty)
         if (data_set, seed) not in truths:
             module = FederatedTextDataModule(**data)
             module.load()
             truths[data_set, seed] = module.client_faults
         for way in ways:
-            if way == "without" and fault is not None:
+            if (way == "without") != (fault is None):
                 continue
-            name = f"trust-{data_set}-{fault}-{way}-{rounds}-{seed}"
+            name = f"trust-{data_set}-{fault}-{way}-{num_clients}-{rounds}-{seed}"
             setting: dict[str, Any] = {"trainer.limit_val_batches": 0}  # the last round is tested, not the best
             if way == "trust":
                 setting["trainer.callbacks"] = [TRUST, {"class_path": f"{RECORDERS}.PredictionRecorder"}]
@@ -202,10 +204,12 @@ def trust(data_root: Path, output: Path, data_sets: Sequence[str], rounds: int, 
                 setting["trainer.callbacks"] = [{"class_path": f"{RECORDERS}.LeaveOut", "init_args": leaving_out}]
             else:
                 setting["trainer.strategy.init_args.aggregator"] = way
-            used = data if fault is not None or way == "without" else data_settings(data_set, data_root, seed, more)
-            jobs[data_set, fault, way, seed] = name, {**common(used, rounds, TRUST_STEPS), **setting}
+            jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
     folders = all_of(list(jobs.values()), output)
-    print(f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {rounds} rounds, seeds {SEEDS}")
+    print(
+        f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {rounds} rounds, {num_clients} clients,"
+        f" seeds {SEEDS}"
+    )
     print(f"{'':<28}{'ROC-AUC':>24}{'by divergence':>24}" + "".join(f"{way:>24}" for way in ways))
     for data_set, fault in itertools.product(data_sets, faults):
         cells = ["", ""]
@@ -240,6 +244,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/behaviour"), help="where the runs go")
     kinds = ["groups", "sources"]
     parser.add_argument("--kinds", nargs="+", default=kinds, choices=kinds, help="of planted groups")
+    parser.add_argument("--clients", type=int, default=NUM_CLIENTS, help="of the runs for trust")
     parser.add_argument("--rounds", type=int, default=3, help="of the runs for trust")
     parser.add_argument("--ways", nargs="+", default=["trust"], choices=WAYS, help="to merge updates")
     args = parser.parse_args()
@@ -248,7 +253,7 @@ def main() -> None:
     if args.experiment == "groups":
         groups(args.data_root.resolve(), output, args.data_sets, args.kinds)
     else:
-        trust(args.data_root.resolve(), output, args.data_sets, args.rounds, args.ways)
+        trust(args.data_root.resolve(), output, args.data_sets, args.clients, args.rounds, args.ways)
 
 
 if __name__ == "__main__":
