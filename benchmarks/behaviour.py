@@ -13,15 +13,8 @@ the same settings are found again in ``--output`` and not repeated: use a fresh 
 """
 
 import argparse
-import hashlib
 import itertools
-import json
-import os
-import statistics
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +24,10 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import median_abs_deviation
 from sklearn.metrics import adjusted_rand_score, roc_auc_score
 
+from benchmarks.runs import Settings, all_of, several, summary
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.functional.clustering import cluster, cosine_distances
 
-ROOT = Path(__file__).resolve().parent.parent
 SEEDS = (0, 1, 2)
 WAYS = ("trust", "mean", "median", "trimmed_mean", "krum", "without")  # without the faulty clients' updates
 NUM_CLIENTS, NUM_GROUPS, ALPHA, NUM_PROBES = 20, 4, 0.3, 128
@@ -47,8 +40,6 @@ CLUSTERING: dict[str, Any] = {
 }
 TRUST = {"class_path": "TrustScoring", "init_args": {"pictures": False}}
 RECORDERS = "benchmarks.recorder"
-
-Settings = Mapping[str, Any]
 
 
 def data_settings(data_set: str, data_root: Path, seed: int, num_clients: int, more: Settings) -> dict[str, Any]:
@@ -63,26 +54,6 @@ def data_settings(data_set: str, data_root: Path, seed: int, num_clients: int, m
         "seed": seed,
         **more,
     }
-
-
-def run(output: Path, name: str, settings: Settings) -> Path:
-    """Run ``train.py fit`` unless a run with these settings has a summary already; returns the folder."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-    folder = output / f"{name}-{digest}"
-    done = list(folder.glob("*/summary.json"))
-    if not done:
-        arguments = ["fit", "--output_dir", str(output), "--name", folder.name]
-        for key, value in settings.items():
-            arguments += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        ended = subprocess.run(
-            [sys.executable, "train.py", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True
-        )
-        if ended.returncode:
-            raise SystemExit(f"{name} failed:\n{ended.stdout}{ended.stderr}")
-        done = list(folder.glob("*/summary.json"))
-        print(f"  {name}", flush=True)
-    return done[-1].parent
 
 
 def common(data: Settings, rounds: int, steps: int) -> dict[str, Any]:
@@ -105,13 +76,6 @@ def state_of(folder: Path, callback: str) -> dict[str, Any]:
     """The state of a callback at the end of a run."""
     states = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["callbacks"]
     return dict(next(state for key, state in states.items() if key.startswith(callback)))
-
-
-def all_of(jobs: Sequence[tuple[str, Settings]], output: Path) -> dict[str, Path]:
-    """Run what has not been run, one for each core at a time."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        folders = pool.map(lambda job: run(output, *job), jobs)
-        return dict(zip((name for name, _ in jobs), folders, strict=True))
 
 
 def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Sequence[str]) -> None:
@@ -154,7 +118,7 @@ def groups(data_root: Path, output: Path, data_sets: Sequence[str], kinds: Seque
                 row[kind].append(adjusted_rand_score(expected, labels[honest].tolist()))
         differ = "label mix" if partition == "groups" else "wording"
         title = f"{data_set}, {differ}" + (f", {faulty} faulty" if faulty else "")
-        print(f"{title:<34}" + "".join(f"{_several(row[column]):>24}" for column in columns))
+        print(f"{title:<34}" + "".join(f"{several(row[column]):>24}" for column in columns))
 
 
 def divergence_scores(rounds: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, float]:
@@ -207,8 +171,8 @@ def trust(
             jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
     folders = all_of(list(jobs.values()), output)
     print(
-        f"\nROC-AUC of trust after round {JUDGED_AFTER}, and test accuracy after {rounds} rounds, {num_clients} clients,"
-        f" seeds {SEEDS}"
+        f"\nROC-AUC of trust after round {JUDGED_AFTER}, test accuracy after {rounds} rounds, {num_clients} clients, seeds"
+        f" {SEEDS}"
     )
     print(f"{'':<28}{'ROC-AUC':>24}{'by divergence':>24}" + "".join(f"{way:>24}" for way in ways))
     for data_set, fault in itertools.product(data_sets, faults):
@@ -223,17 +187,12 @@ def trust(
                 for row, scores in zip(areas, (ours, divergence_scores(said)), strict=True):
                     truth = [client in truths[data_set, seed] for client in scores]
                     row.append(roc_auc_score(truth, [-score for score in scores.values()]))
-            cells = [_several(row) for row in areas]
+            cells = [several(row) for row in areas]
         for way in ways:
             found = [jobs[data_set, fault, way, seed][0] for seed in SEEDS if (data_set, fault, way, seed) in jobs]
-            accuracies = [json.loads((folders[name] / "summary.json").read_text())["test_accuracy"] for name in found]
-            cells.append(_several([100 * accuracy for accuracy in accuracies], 1) if accuracies else "")
+            accuracies = [summary(folders[name])["test_accuracy"] for name in found]
+            cells.append(several([100 * accuracy for accuracy in accuracies], 1) if accuracies else "")
         print(f"{data_set + ', ' + (fault or 'no faults'):<28}" + "".join(f"{cell:>24}" for cell in cells))
-
-
-def _several(values: Sequence[float], digits: int = 2) -> str:
-    """The mean, and the values of the seeds."""
-    return f"{statistics.mean(values):.{digits}f} ({' '.join(f'{value:.{digits}f}' for value in values)})"
 
 
 def main() -> None:
