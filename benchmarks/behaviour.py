@@ -171,8 +171,8 @@ def trust(
             jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
     folders = all_of(list(jobs.values()), output)
     print(
-        f"\nROC-AUC of trust after round {JUDGED_AFTER}, test accuracy after {rounds} rounds, {num_clients} clients, seeds"
-        f" {SEEDS}"
+        f"\nROC-AUC of trust after round {JUDGED_AFTER}, test accuracy after {rounds} rounds, {num_clients} clients,"
+        f" seeds {SEEDS}"
     )
     print(f"{'':<28}{'ROC-AUC':>24}{'by divergence':>24}" + "".join(f"{way:>24}" for way in ways))
     for data_set, fault in itertools.product(data_sets, faults):

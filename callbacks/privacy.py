@@ -259,11 +259,14 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
         points = best.xs(reader, level="reader")
         axes.plot(100 * points["share"], 100 * points["accuracy"], color=colour, linewidth=0.8, alpha=0.5)
         axes.scatter(100 * points["share"], 100 * points["accuracy"], marker=marker, color=colour, label=reader)
-        for number in {points.index[0], points.index[-1]}:
+        for number, up in ((points.index[0], 8), (points.index[-1], -14)):
             at = points.loc[number]
             text = f"round {number + 1}, {at['bytes'] / 1e6:.1f} MB"
             place = (100 * at["share"], 100 * at["accuracy"])
-            axes.annotate(text, place, xytext=(6, 6), textcoords="offset points", fontsize=8)
+            # to opposite sides, as edge and link often lie close to each other
+            side: Any = "left" if reader == "edge" else "right"
+            offset = (6 if reader == "edge" else -6, up)
+            axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=8, ha=side)
     for name, label in (("floor", "commonest token"), ("cap", "cap")):
         value = 100 * float(tokens[name].iloc[-1])
         axes.axvline(value, color="#999999", linestyle=":", linewidth=1)

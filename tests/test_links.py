@@ -73,7 +73,7 @@ def with_links(base: Settings, *callbacks: Settings) -> dict[str, Any]:
 def test_links_carry_what_the_stages_leave(
     base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...], numbers: int
 ) -> None:
-    run = run_here(tmp_path, "run", with_links(base, *callbacks))
+    run = run_here(tmp_path, "run", {**with_links(base, *callbacks), "trainer.max_epochs": 1})
     counted = run.summary()["bytes"]
     plain = counted["uplink"]["backward"] / numbers
     assert plain > 0
@@ -91,8 +91,8 @@ def test_links_carry_what_the_stages_leave(
         "LinkProjection": WIDTH * 8 + 8 + 8 * WIDTH + WIDTH,
         "SSOP": 2 * WIDTH * 16 if AT_TAIL in callbacks else 3 * subspace + (decoder if OUTSIDE in callbacks else WIDTH),
     }
-    # each of both rounds and the start, four clients; what trains is an adapter once it has started
-    times = 1 if LEARNED in callbacks else 3
+    # at the start and after the round, four clients; what trains is an adapter once it has started
+    times = 1 if LEARNED in callbacks else 2
     expected = sum(fitted.get(str(callback["class_path"]), 0) for callback in callbacks)
     assert counted["calibration"]["down"] == times * 4 * 4 * expected
 
@@ -148,7 +148,7 @@ def test_compressed_links_change_what_is_learnt(base: Settings, tmp_path: Path) 
     assert any(not torch.equal(sketched[name], value) for name, value in plain.items())
 
 
-@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4), (AT_TAIL, SKETCH)])
+@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4)])
 def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = with_links(base, *callbacks)
     single = run_here(tmp_path, "single", settings)
@@ -158,10 +158,11 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
     sent, expected = full.summary()["bytes"], single.summary()["bytes"]
     for link, way in [*WAYS[1::2], ("adapters", "up"), ("adapters", "down"), ("calibration", "down")]:
         assert sent[link][way] == expected[link][way] > 0, (link, way)
-    assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
+    if AT_TAIL not in callbacks:  # whose rotation a test batch meets depends on who evaluates it
+        assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("callbacks", [(SKETCH, INT8), (LEARNED, INT4), (AT_TAIL,)])
+@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4)])
 def test_resumed_is_uninterrupted(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = {**with_links(base, *callbacks), "trainer.max_epochs": 3}
     whole = run_here(tmp_path, "whole", settings)
@@ -180,6 +181,26 @@ def test_a_learned_projection_trains(base: Settings, tmp_path: Path) -> None:
     for name in learnt:
         assert after[name].isfinite().all()
         assert not torch.equal(after[name], before[name]), name
+
+
+def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
+    """Of a random model: without a defence the nearest public state tells every public token, and a reader of a link
+    under SS-OP that the edge undoes sees something else than the edge."""
+    audit = {"class_path": "PrivacyAudit", "init_args": {"num_texts": 12, "num_known": 4}}
+    more = {"trainer.max_epochs": 1, "data.num_probes": 40}
+    tables = {}
+    for name, callbacks in {"plain": [audit], "turned": [AT_EDGE, audit]}.items():
+        run = run_here(tmp_path, name, {**with_links(base, *callbacks), **more})
+        table = pd.read_csv(run.folder / "privacy.csv")
+        tables[name] = table.set_index(["reader", "what"])["share"]
+        tokens = table[table["reader"] != "labels"]
+        assert (tokens["share"] <= tokens["cap"]).all()
+        assert (tokens["floor"] < tokens["cap"]).all()
+        assert run.metrics()[0]["privacy/edge"] == pytest.approx(tables[name]["edge"].max())
+        assert tables[name]["edge", "nearest"] == pytest.approx(tokens["cap"].iloc[0], abs=0.02), "all that is public"
+        assert (run.folder / "privacy.png").stat().st_size > 10_000
+    assert set(tables["plain"].index.get_level_values("reader")) == {"edge", "labels"}
+    assert tables["turned"]["link", "nearest"] < 0.5 * tables["turned"]["edge", "nearest"]
 
 
 # ---- a codec alone ---------------------------------------------------------------------------------------------------
@@ -287,7 +308,11 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
         ([DROPPED, SKETCH], {}, "nothing that is calibrated can follow complement='drop'"),
         ([{"class_path": "SSOP", "init_args": {"rank": 33}}], {}, "a rank of at most the width 32; got 33"),
         ([{"class_path": "SSOP", "init_args": {"rekey": True}}], {}, "expected rekey=false with undo='tail'"),
-        ([{"class_path": "SSOP", "init_args": {"secret_file": "no"}}], {}, "expected a secret in secret_file"),
+        (
+            [{"class_path": "SSOP", "init_args": {"rank": 8, "secret_file": "no"}}],
+            {},
+            "expected a secret in secret_file",
+        ),
         ([{"class_path": "SketchCompression", "init_args": {"at": "encoder"}}], {}, "at='encoder' has no use here"),
     ],
 )
