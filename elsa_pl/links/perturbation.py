@@ -7,8 +7,6 @@ The first is against a curious edge, which never has the secret; turning back af
 the blocks in between do not notice. The second is against whoever reads the link, and exact.
 """
 
-import threading
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -36,7 +34,6 @@ Undo = Literal["tail", "edge"]
 _NUM_ROWS = 3
 NOBODY = ""
 """Client name of ends that turn nothing: those of an attacker who looks at public texts."""
-_ROTATIONS_KEPT = 4  # passes in flight want the same ones; each is as large as the subspace's rank squared
 
 _crossing: ContextVar[int] = ContextVar("crossing", default=0)
 
@@ -141,12 +138,11 @@ class PerturbationStage(Stage):
 
 
 class _Key:
-    """The rotations that a secret gives; the last few are kept."""
+    """The rotations that a secret gives."""
 
     def __init__(self, secret: str | None, link: Link, rank: int, rekey: bool) -> None:
         self._secret, self._link, self.rank, self._rekey = secret, link, rank, rekey
-        self._kept: OrderedDict[int, Tensor] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept: Tensor | None = None
 
     def rotation(self) -> Tensor:
         """That of the pass under way, [r, r]."""
@@ -154,13 +150,14 @@ class _Key:
             return torch.eye(self.rank)
         if self._secret is None:
             raise RuntimeError("this process does not know the secret of SSOP: give it secret_file")
-        number = _crossing.get() if self._rekey else 0
-        with self._lock:
-            if number not in self._kept:
-                self._kept[number] = draw_rotation(self.rank, f"{self._secret}/{self._link}", number).float()
-                while len(self._kept) > _ROTATIONS_KEPT:
-                    self._kept.popitem(last=False)
-            return self._kept[number]
+        if self._rekey:
+            return self._draw(_crossing.get())
+        if self._kept is None:  # two threads may both draw it, and draw the same
+            self._kept = self._draw(0)
+        return self._kept
+
+    def _draw(self, number: int) -> Tensor:
+        return draw_rotation(self.rank, f"{self._secret}/{self._link}", number).float()
 
 
 class _Subspace(nn.Module):
