@@ -3,8 +3,9 @@
     python -m benchmarks.links --data_root DATA_ROOT [--data_sets trec] [--rows plain int8 ...] [--seeds 0 1 2]
 
 One client and one edge, MiniLM cut 1|4|1, LoRA of rank 8, AdamW from 1e-3 to 0, gradients clipped to norm 1, batches of
-32, three passes over the training texts: central training, but for what the links lose. Probes are 256 texts of another data set. Bytes are those of
-training: both links, both directions, adapters and calibration; the ratio is that to the plain run of the same seed.
+32, three passes over the training texts: central training, but for what the links lose. Probes are 256 texts of another
+data set. Bytes are those of training: both links, both directions, adapters and calibration; the ratio is that to the
+plain run of the same seed.
 Accuracies are of the last round, on the test texts; differences to the plain run are paired by seed, with a 95%
 interval (Student's t) from three seeds on.
 

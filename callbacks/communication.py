@@ -29,6 +29,7 @@ class CommunicationMonitor(Callback):
 
     def __init__(self) -> None:
         self._rows: list[list[Any]] = []
+        self._sums: dict[str, float] = {}  # of the round, by metric
 
     def state_dict(self) -> dict[str, Any]:
         return {"rows": self._rows}
@@ -38,27 +39,43 @@ class CommunicationMonitor(Callback):
 
     def on_traffic(self, trainer: "pl.Trainer", phase: str, traffic: Mapping[str, Counts]) -> None:
         """Note what crossed since the last time; the strategy calls it in every process with the same."""
-        if not trainer.training and not trainer.validating:
-            return
-        self._note(trainer, phase, traffic, on_wire=True)
+        if trainer.state.fn == "fit":
+            self._note(trainer, phase, traffic, on_wire=True)
+            if phase == "training":
+                self._log(trainer)
+
+    def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._take(trainer, pl_module, "training")  # validation interrupts an epoch
+
+    def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._take(trainer, pl_module, "validation")
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not is_federated(trainer):
+            self._take(trainer, pl_module, "training")
+            self._log(trainer)
+
+    def _take(self, trainer: "pl.Trainer", module: "pl.LightningModule", phase: str) -> None:
         if is_federated(trainer):
             return
-        codecs = [module for module in pl_module.modules() if isinstance(module, Codec)]
+        codecs = [found for found in module.modules() if isinstance(found, Codec)]
         traffic: dict[str, Counts] = {codec.name: codec.traffic.take() for codec in codecs}
-        self._note(trainer, "training", traffic, on_wire=False)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._note(trainer, phase, traffic, on_wire=False)
+
+    def _log(self, trainer: "pl.Trainer") -> None:
+        log_agreed(trainer, self._sums)
+        self._sums = {}
 
     def _note(self, trainer: "pl.Trainer", phase: str, traffic: Mapping[str, Counts], *, on_wire: bool) -> None:
-        sums: dict[str, float] = {}
         for client, counts in sorted(traffic.items()):
             for place, (messages, payload) in sorted(counts.items()):
                 link, direction = place.split("/")
                 wire = wire_bytes(place, messages, payload) if on_wire else None
                 self._rows.append([trainer.current_epoch, phase, client, link, direction, messages, payload, wire])
-                sums[f"traffic/{link}_{direction}"] = sums.get(f"traffic/{link}_{direction}", 0.0) + payload
-        if phase == "training":
-            log_agreed(trainer, sums)
+                if phase == "training":
+                    name = f"traffic/{link}_{direction}"
+                    self._sums[name] = self._sums.get(name, 0.0) + payload
         if trainer.is_global_zero:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)

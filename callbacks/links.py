@@ -7,6 +7,7 @@ Lightning project they stand at a named submodule, whose output becomes what a r
 Several of them stack in the order in which they are given.
 """
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -74,6 +75,11 @@ class LinkCallback(Callback):
             made.fit(states)
             module.add_module(registered, made.to(states.device))
         codec = cast(Codec, module.get_submodule(registered))
+        if codec.describe() != (asked := [other.stage.describe() for other in stack]):
+            raise ConfigurationError(
+                f"{self._at} has a codec already, {'; '.join(codec.describe())}, from an earlier fit; got"
+                f" {'; '.join(asked)}: take a new module, or the same callbacks"
+            )
         self._replace_output(place, codec)
         for other in stack:
             other._attach_return(module, codec, client)
@@ -120,7 +126,13 @@ class LinkCallback(Callback):
             raise ConfigurationError(f"{type(self).__name__}: the probes never reach {self._at}: is it used at all?")
         return torch.cat(found)
 
+    def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
+        self._detach()  # there is no teardown then
+
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        self._detach()
+
+    def _detach(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -230,7 +242,9 @@ class SSOP(LinkCallback):
         ratio: with ``complement="sketch"``, numbers of that part over numbers sent.
         rekey: another rotation for every pass; None: where the edge undoes it.
         secret_file: a text that only those have who may turn back; between sites there must be one, made for example by
-            ``python -c "import secrets; print(secrets.token_hex(16))"``. Without it, secrets follow from the seed of
+            ``python -c "import secrets; print(secrets.token_hex(16))"``. With ``undo="tail"`` each client has a file of
+            its own. With ``undo="edge"`` all have the same: it keeps outsiders out, and not clients from each other.
+            Without it, secrets follow from the seed of
             the run, or in any other project from ``seed``: right for a simulation, and no secret.
         seed: of the sketch's hashes; no secret.
         at, probes: see `LinkCallback`.
@@ -284,6 +298,13 @@ class SSOP(LinkCallback):
         elif strategy.world.role == "host" or (self._undo == "edge" and strategy.world.role == "edge"):
             raise ConfigurationError("between sites SSOP needs secret_file: see its help")
         super().setup(trainer, pl_module, stage)
+
+    def secret_check(self) -> str | None:
+        """What tells whether two processes that must share a secret do, and not which; None where they need not."""
+        secret = self._perturbation.secret
+        if self._undo == "tail" or secret is None:
+            return None
+        return hashlib.scrypt(secret.encode(), salt=b"elsa_pl secret check", n=2**14, r=8, p=1).hex()
 
     def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
         if self._decode_at is None:

@@ -5,6 +5,7 @@ what passes and decodes it with all that is public, so without the secret. Witho
 same.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from elsa_pl.callbacks.drawing import new_figure, save, style, title
 from elsa_pl.callbacks.probing import is_federated, log_agreed
-from elsa_pl.errors import ConfigurationError
+from elsa_pl.errors import ConfigurationError, RemoteError
 from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours
 from elsa_pl.functional.inverter import inverter_attack
 from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
@@ -28,6 +29,8 @@ from elsa_pl.links import NOBODY, crossing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
 
 _PROBES_TOGETHER = 16
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
@@ -84,9 +87,9 @@ class PrivacyAudit(Callback):
     def __init__(
         self, num_texts: int = 100, num_known: int = 16, *, every_n_rounds: int = 1, pictures: bool = True
     ) -> None:
-        if not 0 < num_known < num_texts or every_n_rounds < 1:
+        if not 0 < 2 * num_known <= num_texts or every_n_rounds < 1:
             raise ConfigurationError(
-                f"expected 0 < num_known < num_texts and every_n_rounds >= 1; got {num_known}, {num_texts} and"
+                f"expected 0 < num_known <= num_texts / 2 and every_n_rounds >= 1; got {num_known}, {num_texts} and"
                 f" {every_n_rounds}"
             )
         self._num_texts, self._num_known = num_texts, num_known
@@ -106,18 +109,27 @@ class PrivacyAudit(Callback):
         if pl_module.task != "classification":
             raise ConfigurationError(f"PrivacyAudit works on classification; got task={pl_module.task!r}: leave it out")
 
+    def check_probes(self, num_probes: int, num_classes: int) -> None:
+        """Probes are asked for before anything starts; any number will do."""
+
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Before the checkpoint is written, which holds the rows."""
-        if not trainer.training and trainer.state.fn != "fit":
+        if trainer.state.fn != "fit":
             return
         if trainer.sanity_checking or (trainer.current_epoch + 1) % self._every:
             return
         strategy: Any = trainer.strategy
-        client = strategy.rounds.topology.clients[0]
+        left = [name for name in strategy.rounds.topology.clients if name not in strategy.lost_clients]
+        client = left[0] if left else ""
         mine = None
         if client in strategy.rounds.clients:
-            with torch.inference_mode(False):
-                mine = self._audit(trainer, pl_module, client)
+            try:
+                with torch.inference_mode(False):
+                    mine = self._audit(trainer, pl_module, client)
+            except RemoteError as error:
+                if error.kind:
+                    raise
+                log.warning("no audit in this round: %s", error)
         found = [answer for answer in strategy.world.exchange(mine).values() if answer is not None]
         if not found:  # the client's host is gone
             return
@@ -159,12 +171,12 @@ class PrivacyAudit(Callback):
 
         public_parts, seen_parts = [], {"edge": [], "link": []}  # type: ignore[var-annotated]
         for batch in data.probe_batches(_PROBES_TOGETHER):
-            with client.front.computing(None):
-                states = client.front.part(batch).float().cpu()
+            states = client.states(batch)
+            with torch.no_grad():
                 public_parts.append((states if nobody is None else nobody(states), batch))
         pooled: dict[str, list[Tensor]] = {"uplink": [], "middle": [], "gradients": []}
-        for batch in batches:
-            exposed = client.expose(batch)
+        for number, batch in enumerate(batches):
+            exposed = client.expose(batch, (trainer.current_epoch, number))
             with torch.no_grad(), crossing(exposed.number):
                 for reader, codec in (("edge", own), ("link", nobody)):
                     read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
@@ -179,10 +191,10 @@ class PrivacyAudit(Callback):
         if torch.equal(seen["edge"].states, seen["link"].states):
             seen = {"edge": seen["edge"]}
         subspace = None if nobody is None else nobody.subspace
-        truth_states = _rows([(client_states, batch) for client_states, batch in self._plain(client, batches)])
+        plain = _rows([(client.states(batch), batch) for batch in batches]).states  # as anyone computes known texts
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
-            guesses = self._attack(tokens, public, subspace, truth_states.states)
+            guesses = self._attack(tokens, public, subspace, plain)
             scored = ~self._known(tokens)
             _, table = best_of_all(
                 {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
@@ -197,15 +209,6 @@ class PrivacyAudit(Callback):
                 shares["labels", what] = matched_share(groups, labels)
         scored_ids = seen["edge"].ids[~self._known(seen["edge"])]
         return shares, majority_floor(scored_ids, special, public.ids), cap(scored_ids, public.ids, special)
-
-    @staticmethod
-    def _plain(client: Any, batches: list[Mapping[str, Tensor]]) -> list[tuple[Tensor, Mapping[str, Tensor]]]:
-        """States of the texts that the attacker knows, as anyone with the global model computes them."""
-        found = []
-        for batch in batches:
-            with client.front.computing(None):
-                found.append((client.front.part(batch).float().cpu(), batch))
-        return found
 
     def _known(self, tokens: _Tokens) -> Tensor:
         """Which of the tokens belong to texts that the attacker knows: short and long ones."""

@@ -288,7 +288,7 @@ def test_dropout_draws_differ_by_step_and_micro_batch() -> None:
 
 def test_evaluation_is_that_of_the_uncut_model() -> None:
     pair, batch = Pair("bert", "classification", dropout=0.3), make_batch("classification")
-    output = pair.client.evaluate(batch)
+    output = pair.client.evaluate(batch, ("val", 0))
     with torch.no_grad():
         expected = pair.whole.eval()(**batch)
     assert torch.equal(output.logits, expected.logits)

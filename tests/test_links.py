@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from elsa_pl import cli
 from elsa_pl.callbacks import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import Codec
+from elsa_pl.links import LINKS, NOBODY, Codec
+from elsa_pl.links.perturbation import PerturbationStage
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
 from tests.runs import Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
 
@@ -162,7 +164,7 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
         assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4)])
+@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4), (AT_EDGE, INT4)])
 def test_resumed_is_uninterrupted(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = {**with_links(base, *callbacks), "trainer.max_epochs": 3}
     whole = run_here(tmp_path, "whole", settings)
@@ -268,6 +270,27 @@ def test_halves_make_the_whole(states: Tensor) -> None:
     assert torch.equal(decoder(encoder(states)), fitted(states))
 
 
+@pytest.mark.parametrize("client", ["client-0", "client-1"])
+def test_calibration_behind_a_rotation_holds_for_every_client(states: Tensor, client: str) -> None:
+    """Both links, with a middle that does nothing: the edge fits without knowing the client's secret."""
+    ssop = PerturbationStage(16, "tail", "keep", 4, rekey=False, seed=0)
+    ssop.secret = "secret"
+    stages = [ssop, SketchStage(2, "calibrated", 3, 1e-4, 0)]
+    fitted = Codec("uplink.1-2-1", "uplink", stages, WIDTH)
+    fitted.fit(states)
+    back = Codec("downlink.1-2-1", "downlink", stages, WIDTH)
+    back.fit(fitted(states).detach(), fitted)
+    uplink, downlink = (Codec(f"{link}.1-2-1", link, stages, WIDTH, client) for link in LINKS)
+    uplink.load(fitted.tensors())
+    downlink.load(back.tensors())
+    turned = uplink.side("encoder").ends["0"](states)  # what the middle would have without the sketch
+    restored = downlink(turned)
+    assert (restored - states).norm() < 0.75 * states.norm()
+    nobody = Codec("uplink.1-2-1", "uplink", stages[:1], WIDTH, NOBODY)
+    nobody.fit(states)
+    assert torch.allclose(nobody(states), states, atol=1e-5)
+
+
 def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
     lost = {}
     for decoding in ("calibrated", "median", "mean"):
@@ -303,6 +326,9 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
             {"data.num_probes": 1},
             r"stage 0 of uplink.1-2-1 \(projection 1/1, learned\): expected .* probes",
         ),
+        ([LEARNED, SKETCH], {}, r"stage 1 of uplink.* is calibrated to what arrives, and a stage before it trains"),
+        ([{"class_path": "PrivacyAudit"}], {"data.num_probes": 0}, "expected probe texts, got none"),
+        ([{"class_path": "PrivacyAudit", "init_args": {"num_texts": 20}}], {}, "0 < num_known <= num_texts / 2"),
         ([SKETCH, AT_TAIL], {}, r"stage 1 of uplink.* \(SS-OP of rank 16.* comes after sketch"),
         ([AT_TAIL, LEARNED], {}, "states whose directions are known, but SSOP has turned them"),
         ([DROPPED, SKETCH], {}, "nothing that is calibrated can follow complement='drop'"),
@@ -328,6 +354,19 @@ def test_stages_that_do_not_fit_are_refused(
     shown = " ".join(capsys.readouterr().err.split())
     assert re.search(message, shown), shown
     assert "Traceback" not in shown
+
+
+def test_different_secrets_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:
+    settings = {**base, "strategy.layout": "tiers", "strategy.num_edges": 1}
+    commands = []
+    for name in ("one", "other"):
+        (tmp_path / name).write_text(f"{name}\n")
+        stage = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "secret_file": str(tmp_path / name)}}
+        commands.append(arguments(tmp_path, "run", with_links(settings, stage)))
+    ranks = fork_all(commands, tmp_path / "outputs")
+    assert all(forked.returncode for forked in ranks)
+    shown = " ".join("".join(forked.err for forked in ranks).split())
+    assert "have different secrets for SSOP: give both the same secret_file" in shown
 
 
 def test_ends_that_disagree_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:
@@ -369,7 +408,11 @@ class Plain(pl.LightningModule):
 
 
 def fit_plain(
-    folder: Path, *callbacks: pl.Callback, epochs: int = 1, ckpt_path: Path | None = None, make: type[Plain] = Plain
+    folder: Path,
+    *callbacks: pl.Callback,
+    epochs: int = 1,
+    ckpt_path: Path | None = None,
+    make: Callable[[], Plain] = Plain,
 ) -> tuple[Plain, pl.Trainer]:
     pl.seed_everything(0)
     inputs = torch.randn(40, 6)
@@ -413,6 +456,24 @@ def test_a_resumed_project_goes_on_with_what_it_learnt(tmp_path: Path) -> None:
     trainer.save_checkpoint(tmp_path / "half.ckpt")
     resumed, _ = fit_plain(tmp_path, *stack(), epochs=2, ckpt_path=tmp_path / "half.ckpt")
     assert_equal(dict(resumed.named_parameters()), dict(whole.named_parameters()))
+
+
+def test_a_codec_of_an_earlier_fit_is_not_used_with_other_settings(tmp_path: Path) -> None:
+    kept = Plain()
+    fit_plain(tmp_path, SketchCompression(2, at="encoder", probes=probes()), make=lambda: kept)
+    with pytest.raises(ConfigurationError, match=r"encoder has a codec already, sketch 1/2 .*; got sketch 1/4"):
+        fit_plain(tmp_path, SketchCompression(4, at="encoder", probes=probes()), make=lambda: kept)
+
+
+def test_nothing_is_left_behind_by_a_fit_that_failed(tmp_path: Path) -> None:
+    class Failing(Plain):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            raise RuntimeError("as asked")
+
+    failing = Failing()
+    with pytest.raises(RuntimeError, match="as asked"):
+        fit_plain(tmp_path, SketchCompression(2, at="encoder", probes=probes()), make=lambda: failing)
+    assert not failing.encoder._forward_hooks
 
 
 def test_a_project_without_probes_is_told_so(tmp_path: Path) -> None:

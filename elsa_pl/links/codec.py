@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from elsa_pl.errors import ConfigurationError
+from elsa_pl.errors import ConfigurationError, TrainingDiverged
 from elsa_pl.links.stages import Ends, Link, Seen, Stage
 from elsa_pl.links.traffic import Traffic
 
@@ -40,11 +40,17 @@ class LinkEnd(nn.Module):
 
         Raises:
             RuntimeError: a stage is not fitted yet; with its number and the link.
-            ValueError: states that are not finite, or of another width; with the stage and the link.
+            TrainingDiverged: states to encode that are not finite; with the link.
+            ValueError: what a stage does not take; with the stage and the link.
         """
         if self._missing:
             raise RuntimeError(
                 f"stage {self._missing[0]} of {self._prefix}* is not calibrated yet: no probes were seen"
+            )
+        if self._side == "encoder" and not states.isfinite().all():
+            raise TrainingDiverged(
+                f"states that are not finite at {self._prefix}*: lower the learning rate, clip gradients"
+                " (gradient_clip_val), or look at this client's data"
             )
         with torch.autocast(states.device.type, enabled=False):
             for number in self._order:
@@ -100,6 +106,11 @@ class Codec(nn.Module):
             if number and stages[number - 1].last:
                 raise ConfigurationError(
                     f"{where} comes after {stages[number - 1].describe()}, whose numbers are bits: put it before"
+                )
+            if stage.fits and not stage.trains and any(before.trains for before in stages[:number]):
+                raise ConfigurationError(
+                    f"{where} is calibrated to what arrives, and a stage before it trains: leave one of them out, or"
+                    " set learn to false"
                 )
             if number and stage.first:
                 raise ConfigurationError(f"{where} comes after {stages[number - 1].describe()}: put it before")
@@ -164,6 +175,10 @@ class Codec(nn.Module):
             for name, value in self.tensors().items():
                 value.copy_(tensors[name])
         self._fitted = True
+
+    def describe(self) -> list[str]:
+        """What the stages do, in their order."""
+        return [stage.describe() for stage in self._stages]
 
     @property
     def subspace(self) -> Tensor | None:

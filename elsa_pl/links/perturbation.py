@@ -120,13 +120,12 @@ class PerturbationStage(Stage):
             restorer.fit(subspace)
 
     def pass_on(self, ends: Ends, seen: Seen) -> Seen:
-        if not isinstance(ends.encoder, _Perturber):
-            return seen
-        if self._complement != "keep":
+        turning = ends.encoder if isinstance(ends.encoder, _Perturber) else ends.decoder
+        assert isinstance(turning, _Subspace)
+        if isinstance(turning, _Perturber) and self._complement != "keep":
             raise ValueError(f"nothing that is calibrated can follow complement={self._complement!r}")
         # a decoder must not depend on the secret: to whoever does not know it, states look alike in all rotations
-        turned = rotated_moments(seen.mean, seen.covariance, ends.encoder.subspace)
-        return Seen(None, *turned)
+        return Seen(None, *rotated_moments(seen.mean, seen.covariance, turning.subspace))
 
     def describe(self) -> str:
         ratio = f" 1/{self._ratio:g}" if self._complement == "sketch" else ""

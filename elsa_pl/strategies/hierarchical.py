@@ -329,7 +329,7 @@ class HierarchicalStrategy(RpcStrategy):
             FileNotFoundError: ``probe_file`` is missing.
             ValueError: there are no probes, or too few.
         """
-        if self._role in (None, "edge") and (asks(trainer, "on_clients_probed") or module.fits_links()):
+        if self._role in (None, "edge") and (asks(trainer, "check_probes") or module.fits_links()):
             num_probes = sum(len(batch["input_ids"]) for batch in data.probe_batches(PROBES_TOGETHER))
             for check in hooks(trainer, "check_probes"):
                 check(num_probes, module.num_labels or 2)  # see ProbeModel for those of a language model
@@ -376,8 +376,16 @@ class HierarchicalStrategy(RpcStrategy):
         """Both ends of a link make their halves of it from their own configuration: it must be the same.
 
         Raises:
-            ConfigurationError: with the first stage that differs, and in whose configuration.
+            ConfigurationError: with the first stage that differs, and in whose configuration; or with whose secret.
         """
+        checks = [hook() for hook in hooks(self._module.trainer, "secret_check")]
+        for worker, others in self.world.exchange(checks).items():
+            for own, other in zip(checks, others, strict=False):
+                if own is not None and other is not None and own != other:
+                    raise ConfigurationError(
+                        f"{self.world.worker} and {worker} have different secrets for SSOP: give both the same"
+                        " secret_file"
+                    )
         mine = {link: [stage.describe() for stage in stages] for link, stages in self._module.link_stages().items()}
         for worker, theirs in self.world.exchange(mine).items():
             for link in mine:

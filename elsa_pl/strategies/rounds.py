@@ -191,12 +191,13 @@ class Rounds:
                 self._results.append((name, outcome))
         self._seconds["steps"] += time.monotonic() - start
 
-    def evaluate(self, batch: Batch, index: int) -> Evaluation:
+    def evaluate(self, batch: Batch, index: int, place: tuple[int | str, ...]) -> Evaluation:
         """What the pipeline says of a batch of evaluation data; this process' clients share its rows.
 
         Args:
             batch: as for training; ``labels`` may be missing.
             index: number of the batch; decides which clients take part.
+            place: of the evaluation in the run.
 
         Raises:
             RunFailed: no client of this process has an edge any more.
@@ -205,7 +206,9 @@ class Rounds:
         shares = [{name: value[some] for name, value in batch.items()} for some in rows]
         while names := [name for name in self.clients if name not in self._given_up]:
             jobs = [(names[(index + offset) % len(names)], share) for offset, share in enumerate(shares)]
-            outputs = self._crew.map(lambda job: self.clients[job[0]].evaluate(job[1]), jobs)
+            outputs = self._crew.map(
+                lambda job: self.clients[job[1][0]].evaluate(job[1][1], (*place, index, job[0])), list(enumerate(jobs))
+            )
             if not any(isinstance(output, Exception) for output in outputs):
                 return _join(shares, outputs)
             for (name, _), output in zip(jobs, outputs, strict=True):

@@ -1,6 +1,5 @@
 """One client: its front and tail, and the passes that cross its edge. `elsa_pl.tiers.step` makes steps of them."""
 
-import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,17 +30,15 @@ class EdgeAddress:
 
 @dataclass(frozen=True)
 class Exposed:
-    """What one pass shows, and what it was made from.
+    """What one pass shows.
 
     Attributes:
-        states: of the front, before the link's stages. [B, T, D]
-        sent: what the link carries of them.
+        sent: what the link carries of the front's states.
         number: of the pass over the links.
         outputs: of the middle. [B, T, D]
         gradients: of the loss with respect to `outputs`, which the edge receives. [B, T, D]
     """
 
-    states: Tensor
     sent: Tensor
     number: int
     outputs: Tensor
@@ -72,7 +69,6 @@ class Client:
     ) -> None:
         self.name, self.front, self.tail, self.edge = name, front, tail, edge
         self.traffic = Traffic()
-        self._evaluations = itertools.count()
         self._device = device
         self._wire = device if device_to_device else torch.device("cpu")
 
@@ -92,20 +88,26 @@ class Client:
                     raise gone from error
             raise
 
-    def evaluate(self, batch: Batch) -> Any:
-        """The model's output (`loss`, `logits`) on a batch through the whole pipeline, without gradients."""
-        return self.forward(batch, None)
+    def evaluate(self, batch: Batch, place: tuple[int | str, ...]) -> Any:
+        """The model's output (`loss`, `logits`) on a batch through the whole pipeline, without gradients.
 
-    def forward(self, batch: Batch, key: StepKey) -> Any:
+        Args:
+            batch: as for `forward`.
+            place: of the pass in the run, another for each.
+        """
+        return self.forward(batch, None, place)
+
+    def forward(self, batch: Batch, key: StepKey, place: tuple[int | str, ...] = ()) -> Any:
         """The model's output on a batch through the whole pipeline.
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels`.
             key: place of the pass in the run, for dropout draws; None for evaluation.
+            place: that of an evaluation.
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
         mask = batch["attention_mask"].to(self._wire, torch.bool)
-        number = derive_seed(*(("evaluation", next(self._evaluations)) if key is None else key))
+        number = derive_seed(*(("evaluation", *place) if key is None else key))
         with self.front.computing(key), crossing(number):
             sent = self.front(batch).to(self._wire)
         self.traffic.crossed("uplink", sent, mask)
@@ -124,13 +126,22 @@ class Client:
         with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), batch)
 
-    def expose(self, batch: Batch) -> Exposed:
-        """A pass over a batch with labels, with all that a curious edge gets to see of it."""
+    def states(self, batch: Batch) -> Tensor:
+        """What the front computes of a batch, [B, T, D], before the link's stages; on the CPU."""
+        with self.front.computing(None):
+            states: Tensor = self.front.part({name: value.to(self._device) for name, value in batch.items()})
+        return states.float().cpu()
+
+    def expose(self, batch: Batch, place: tuple[int | str, ...]) -> Exposed:
+        """A pass over a batch with labels, with all that a curious edge gets to see of it.
+
+        Raises:
+            RemoteError: the edge is gone.
+        """
         batch = {name: value.to(self._device) for name, value in batch.items()}
-        number = derive_seed("audit", next(self._evaluations))
+        number = derive_seed("audit", *place)
         with self.front.computing(None), crossing(number):
-            states = self.front.part(batch)
-            sent = self.front.encoded(states)
+            sent = self.front.encoded(self.front.part(batch))
         mask = batch["attention_mask"].to(self._wire, torch.bool)
         edge = self.edge
         arguments = (self.name, sent.to(self._wire), mask, None, number)
@@ -138,9 +149,7 @@ class Client:
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
             (gradients,) = torch.autograd.grad(self.tail.part(batch, outputs).loss, outputs)
-        return Exposed(
-            states.float().cpu(), sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu()
-        )
+        return Exposed(sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu())
 
     def ask_edge(self, method: str, *args: object) -> PendingCall:
         """Start a call to this client's session at its edge."""

@@ -109,7 +109,7 @@ class EvaluatedModel(L.LightningModule):
         if not batch:
             return {}
         inputs = {name: value for name, value in batch.items() if name not in ("rows", "labels")}
-        logits = self._strategy.rounds.evaluate(inputs, batch_idx).logits.float().cpu()
+        logits = self._through_pipeline("predict", inputs, batch_idx).logits.float().cpu()
         if self.task == "classification":
             probability, prediction = logits.softmax(-1).max(-1)
             return {"rows": batch["rows"], "prediction": prediction, "probability": probability}
@@ -121,7 +121,10 @@ class EvaluatedModel(L.LightningModule):
     def _evaluate(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> None:
         if not batch:  # this process holds no evaluation data
             return
-        self._update(stage, self._strategy.rounds.evaluate(batch, batch_idx), batch["labels"])
+        self._update(stage, self._through_pipeline(stage, batch, batch_idx), batch["labels"])
+
+    def _through_pipeline(self, stage: str, batch: dict[str, Tensor], batch_idx: int) -> Any:
+        return self._strategy.rounds.evaluate(batch, batch_idx, (stage, self.current_epoch))
 
     def _update(self, stage: str, output: Any, labels: Tensor) -> None:
         count = num_targets(labels) if self.task == "causal_lm" else len(labels)
