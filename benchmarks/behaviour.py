@@ -142,10 +142,16 @@ def divergence_scores(rounds: Sequence[Mapping[str, torch.Tensor]]) -> dict[str,
 
 
 def trust(
-    data_root: Path, output: Path, data_sets: Sequence[str], num_clients: int, rounds: int, ways: Sequence[str]
+    data_root: Path,
+    output: Path,
+    data_sets: Sequence[str],
+    num_clients: int,
+    rounds: int,
+    ways: Sequence[str],
+    chosen: Sequence[str],
 ) -> None:
     """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
-    faults = (None, *FAULTS) if "without" in ways else tuple(FAULTS)
+    faults = (None, *chosen) if "without" in ways else tuple(chosen)
     jobs, truths = {}, {}
     for data_set, fault, seed in itertools.product(data_sets, faults, SEEDS):
         more: dict[str, Any] = {"partition": "dirichlet", "batch_size": TRUST_BATCH}
@@ -206,13 +212,14 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=NUM_CLIENTS, help="of the runs for trust")
     parser.add_argument("--rounds", type=int, default=3, help="of the runs for trust")
     parser.add_argument("--ways", nargs="+", default=["trust"], choices=WAYS, help="to merge updates")
+    parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS), help="of the runs for trust")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     output = args.output.resolve()
     if args.experiment == "groups":
         groups(args.data_root.resolve(), output, args.data_sets, args.kinds)
     else:
-        trust(args.data_root.resolve(), output, args.data_sets, args.clients, args.rounds, args.ways)
+        trust(args.data_root.resolve(), output, args.data_sets, args.clients, args.rounds, args.ways, args.faults)
 
 
 if __name__ == "__main__":
