@@ -42,6 +42,7 @@ def principal_projection(states: Tensor, width: int) -> tuple[Tensor, Tensor]:
         Pearson 1901, "On lines and planes of closest fit". The directions are those of `principal_directions`.
 
     Example:
+        >>> import torch
         >>> states = torch.tensor([[1.0, 3.0], [1.0, -3.0], [2.0, 0.0], [0.0, 0.0]])
         >>> mean, components = principal_projection(states, 1)
         >>> decode(encode(states, mean, components), mean, components)
@@ -70,6 +71,7 @@ def encode(states: Tensor, mean: Tensor, components: Tensor) -> Tensor:
         ValueError: states of another width, or of no floating-point dtype.
 
     Example:
+        >>> import torch
         >>> encode(torch.tensor([5.0, 3.0]), torch.tensor([1.0, 0.0]), torch.eye(2)[:, :1])
         tensor([4.])
     """
@@ -91,6 +93,7 @@ def decode(codes: Tensor, mean: Tensor, components: Tensor) -> Tensor:
         ValueError: codes of another width, or of no floating-point dtype.
 
     Example:
+        >>> import torch
         >>> decode(torch.tensor([4.0]), torch.tensor([1.0, 0.0]), torch.eye(2)[:, :1])
         tensor([5., 0.])
     """

@@ -40,7 +40,11 @@ class Traffic:
         """Count states that were sent, what went with them, and their gradient when it comes."""
         self.add(link, "forward", states, *others)
         if states.requires_grad:
-            states.register_hook(lambda gradient: self.add(link, "backward", gradient))
+            states.register_hook(lambda gradient: self._came_back(link, gradient))
+
+    def _came_back(self, link: str, gradient: Tensor | None) -> None:
+        if gradient is not None:  # autograd knows gradients that are all 0 and not there
+            self.add(link, "backward", gradient)
 
     def take(self) -> Counts:
         """Return the counts so far and start again."""
