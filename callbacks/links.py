@@ -21,7 +21,7 @@ from elsa_pl.callbacks.probing import is_federated
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import LINKS, Codec, Link, Stage
+from elsa_pl.links import LINKS, Codec, Link, Stage, on_states
 from elsa_pl.links.perturbation import PerturbationStage, Undo
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchDecoding, SketchStage
 
@@ -88,12 +88,7 @@ class LinkCallback(Callback):
         """Put what the stage does elsewhere into the module."""
 
     def _replace_output(self, place: nn.Module, codec: Codec) -> None:
-        def replace(_: nn.Module, args: Any, output: Any) -> Any:
-            states = output[0] if isinstance(output, tuple) else output
-            decoded = codec(states)
-            return (decoded, *output[1:]) if isinstance(output, tuple) else decoded
-
-        self._hooks.append(place.register_forward_hook(replace))
+        self._hooks.append(on_states(place, codec))
 
     def _probed(self, module: "pl.LightningModule", place: nn.Module, stack: "list[LinkCallback]") -> Tensor:
         """What the submodule says about the probes: a row for each token that is no padding."""
@@ -106,14 +101,13 @@ class LinkCallback(Callback):
             )
         found: list[Tensor] = []
 
-        def note(_: nn.Module, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+        def note(states: Tensor) -> None:
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             if mask is not None and mask.shape == states.shape[:-1]:
                 states = states[mask.bool()]
             found.append(states.flatten(0, -2).detach().float())
 
-        handle, training = place.register_forward_hook(note), module.training
+        handle, training = on_states(place, note), module.training
         module.eval()
         try:
             with torch.no_grad():
@@ -244,8 +238,8 @@ class SSOP(LinkCallback):
         secret_file: a text that only those have who may turn back; between sites there must be one, made for example by
             ``python -c "import secrets; print(secrets.token_hex(16))"``. With ``undo="tail"`` each client has a file of
             its own. With ``undo="edge"`` all have the same: it keeps outsiders out, and not clients from each other.
-            Without it, secrets follow from the seed of
-            the run, or in any other project from ``seed``: right for a simulation, and no secret.
+            Without it, secrets follow from the seed of the run, or in any other project from ``seed``: right for a
+            simulation, and no secret.
         seed: of the sketch's hashes; no secret.
         at, probes: see `LinkCallback`.
         decode_at: in any other project, and with ``undo="tail"``, the submodule whose output is turned back.

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_PROBES_TOGETHER = 16
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
 
 
@@ -169,8 +168,8 @@ class PrivacyAudit(Callback):
         batches = _some(data.eval_batches("validation"), self._num_texts)
         own, nobody = (module.known_codecs(plan, who).get("uplink") for who in (name, NOBODY))
 
-        public_parts, seen_parts = [], {"edge": [], "link": []}  # type: ignore[var-annotated]
-        for batch in data.probe_batches(_PROBES_TOGETHER):
+        public_parts, plain_parts, seen_parts = [], [], {"edge": [], "link": []}  # type: ignore[var-annotated]
+        for batch in data.probe_batches():
             states = client.states(batch)
             with torch.no_grad():
                 public_parts.append((states if nobody is None else nobody(states), batch))
@@ -181,6 +180,7 @@ class PrivacyAudit(Callback):
                 for reader, codec in (("edge", own), ("link", nobody)):
                     read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
                     seen_parts[reader].append((read, batch))
+            plain_parts.append((exposed.states, batch))
             mask = batch["attention_mask"]
             pooled["uplink"].append(pool(seen_parts["edge"][-1][0], mask))
             pooled["middle"].append(pool(exposed.outputs, mask))
@@ -191,7 +191,7 @@ class PrivacyAudit(Callback):
         if torch.equal(seen["edge"].states, seen["link"].states):
             seen = {"edge": seen["edge"]}
         subspace = None if nobody is None else nobody.subspace
-        plain = _rows([(client.states(batch), batch) for batch in batches]).states  # as anyone computes known texts
+        plain = _rows(plain_parts).states  # as anyone computes those of known texts
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
             guesses = self._attack(tokens, public, subspace, plain)

@@ -2,25 +2,20 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch import Tensor
 
 from elsa_pl import cli
-from elsa_pl.callbacks import SSOP, LinkProjection, LinkQuantization, SketchCompression
-from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.links import LINKS, NOBODY, Codec
 from elsa_pl.links.perturbation import PerturbationStage
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
-from tests.runs import Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
+from tests.runs import Run, Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
 
 WIDTH = 32
 SKETCH = {"class_path": "SketchCompression", "init_args": {"ratio": 2}}
@@ -49,6 +44,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "checkpoint.save_top_k": -1,
         "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
     }
+
+
+@pytest.fixture(scope="module")
+def plain(base: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The run whose links carry states as they are."""
+    return run_here(tmp_path_factory.mktemp("plain"), "plain", base)
 
 
 def with_links(base: Settings, *callbacks: Settings) -> dict[str, Any]:
@@ -131,23 +132,20 @@ def test_counted_bytes_are_those_of_the_connections(
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_projection_on_all_directions_changes_nothing(base: Settings, tmp_path: Path) -> None:
-    plain = run_here(tmp_path, "plain", base)
+def test_a_projection_on_all_directions_changes_nothing(base: Settings, plain: Run, tmp_path: Path) -> None:
     rotated = run_here(tmp_path, "rotated", with_links(base, WHOLE))
     assert_close(rotated.adapters(), plain.adapters(), atol=2e-4)
 
 
-def test_what_the_edge_undoes_changes_nothing(base: Settings, tmp_path: Path) -> None:
-    plain = run_here(tmp_path, "plain", base)
+def test_what_the_edge_undoes_changes_nothing(base: Settings, plain: Run, tmp_path: Path) -> None:
     turned = run_here(tmp_path, "turned", with_links(base, AT_EDGE))
     assert_close(turned.adapters(), plain.adapters(), atol=2e-4)
     assert turned.summary()["test_loss"] == pytest.approx(plain.summary()["test_loss"], abs=1e-4)
 
 
-def test_compressed_links_change_what_is_learnt(base: Settings, tmp_path: Path) -> None:
-    plain = run_here(tmp_path, "plain", base).adapters()
+def test_compressed_links_change_what_is_learnt(base: Settings, plain: Run, tmp_path: Path) -> None:
     sketched = run_here(tmp_path, "sketched", with_links(base, SKETCH, INT8)).adapters()
-    assert any(not torch.equal(sketched[name], value) for name, value in plain.items())
+    assert any(not torch.equal(sketched[name], value) for name, value in plain.adapters().items())
 
 
 @pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4)])
@@ -376,131 +374,3 @@ def test_ends_that_disagree_are_an_error_at_the_start(base: Settings, tmp_path: 
     shown = " ".join("".join(forked.err for forked in ranks).split())
     assert "stage 0 of the uplink differs: sketch 1/2 in 3 rows, calibrated" in shown
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.ckpt"))
-
-
-# ---- in any other Lightning project ----------------------------------------------------------------------------------
-
-
-class Plain(pl.LightningModule):
-    """A project that knows nothing of elsa_pl, but for a method that runs the model on public inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(6, WIDTH), nn.Tanh())
-        self.head = nn.Linear(WIDTH, 2)
-        self.seen: list[Tensor] = []
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        hidden = self.encoder(inputs)
-        self.seen.append(hidden.detach())
-        out: Tensor = self.head(hidden)
-        return out
-
-    def probe_step(self, batch: Tensor) -> Tensor:
-        return self.forward(batch)
-
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def fit_plain(
-    folder: Path,
-    *callbacks: pl.Callback,
-    epochs: int = 1,
-    ckpt_path: Path | None = None,
-    make: Callable[[], Plain] = Plain,
-) -> tuple[Plain, pl.Trainer]:
-    pl.seed_everything(0)
-    inputs = torch.randn(40, 6)
-    data = DataLoader(TensorDataset(inputs, (inputs[:, 0] > 0).long()), batch_size=8)
-    module = make()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=list(callbacks),
-        accelerator="cpu",
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-    )
-    trainer.fit(module, data, ckpt_path=ckpt_path)
-    return module, trainer
-
-
-def probes() -> list[Tensor]:
-    return [torch.randn(64, 6, generator=torch.Generator().manual_seed(1))]
-
-
-def test_callbacks_stand_at_a_submodule(tmp_path: Path) -> None:
-    """What the rest of the model sees is what the stack leaves of the output: at most six directions plus the mean."""
-    stack = [LinkProjection(8, at="encoder", probes=probes()), LinkQuantization(8, block=4, at="encoder")]
-    module, _ = fit_plain(tmp_path, *stack)
-    assert torch.linalg.matrix_rank(module.seen[-1] - module.seen[-1].mean(0), atol=1e-3) == 4
-    untouched, _ = fit_plain(tmp_path)
-    assert torch.linalg.matrix_rank(untouched.seen[-1] - untouched.seen[-1].mean(0), atol=1e-3) > 4
-    learnt = dict(module.named_parameters())["link_encoder.ends.0.encoder.weight"]
-    fitted = fit_plain(tmp_path, *stack, epochs=0)[0]
-    assert not torch.equal(learnt, dict(fitted.named_parameters())["link_encoder.ends.0.encoder.weight"]), "it trains"
-
-
-def test_a_resumed_project_goes_on_with_what_it_learnt(tmp_path: Path) -> None:
-    def stack() -> list[pl.Callback]:
-        return [LinkProjection(8, at="encoder", probes=probes()), LinkQuantization(8, block=4, at="encoder")]
-
-    whole, _ = fit_plain(tmp_path, *stack(), epochs=2)
-    _, trainer = fit_plain(tmp_path, *stack(), epochs=1)
-    trainer.save_checkpoint(tmp_path / "half.ckpt")
-    resumed, _ = fit_plain(tmp_path, *stack(), epochs=2, ckpt_path=tmp_path / "half.ckpt")
-    assert_equal(dict(resumed.named_parameters()), dict(whole.named_parameters()))
-
-
-def test_a_codec_of_an_earlier_fit_is_not_used_with_other_settings(tmp_path: Path) -> None:
-    kept = Plain()
-    fit_plain(tmp_path, SketchCompression(2, at="encoder", probes=probes()), make=lambda: kept)
-    with pytest.raises(ConfigurationError, match=r"encoder has a codec already, sketch 1/2 .*; got sketch 1/4"):
-        fit_plain(tmp_path, SketchCompression(4, at="encoder", probes=probes()), make=lambda: kept)
-
-
-def test_nothing_is_left_behind_by_a_fit_that_failed(tmp_path: Path) -> None:
-    class Failing(Plain):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
-            raise RuntimeError("as asked")
-
-    failing = Failing()
-    with pytest.raises(RuntimeError, match="as asked"):
-        fit_plain(tmp_path, SketchCompression(2, at="encoder", probes=probes()), make=lambda: failing)
-    assert not failing.encoder._forward_hooks
-
-
-def test_a_project_without_probes_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match="SketchCompression at encoder needs probes"):
-        fit_plain(tmp_path, SketchCompression(2, at="encoder"))
-    with pytest.raises(ConfigurationError, match="LinkQuantization needs at, the name of a submodule"):
-        fit_plain(tmp_path, LinkQuantization())
-
-
-def test_what_is_turned_is_turned_back_elsewhere(tmp_path: Path) -> None:
-    """The model in between computes on turned states; without one in between, nothing is lost."""
-
-    class Between(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.middle = nn.Identity()
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.encoder(inputs)
-            back = self.middle(hidden)
-            self.seen.append(torch.stack([hidden, back]).detach())
-            out: Tensor = self.head(back)
-            return out
-
-    plain, _ = fit_plain(tmp_path, make=Between)
-    turning = SSOP(16, at="encoder", decode_at="middle", probes=probes())
-    turned, _ = fit_plain(tmp_path, turning, make=Between)
-    hidden, back = turned.seen[-1]
-    assert (hidden - plain.seen[-1][0]).norm() > 0.1 * hidden.norm()
-    assert_close({"back": back}, {"back": plain.seen[-1][1]}, atol=1e-4)
-    assert_close({"head": turned.head.weight}, {"head": plain.head.weight}, atol=1e-4)

@@ -1,6 +1,7 @@
 """What happens to hidden states and their gradients between a client and its edge."""
 
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
+from elsa_pl.links.outputs import on_states
 from elsa_pl.links.perturbation import NOBODY, crossing
 from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
 from elsa_pl.links.traffic import Counts, Traffic, wire_bytes
@@ -18,5 +19,6 @@ __all__ = [
     "Stage",
     "Traffic",
     "crossing",
+    "on_states",
     "wire_bytes",
 ]

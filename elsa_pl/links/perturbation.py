@@ -86,10 +86,7 @@ class PerturbationStage(Stage):
     def ends(self, width: int, link: Link, client: str | None) -> Ends:
         if self._rank > width:
             raise ValueError(f"expected a rank of at most the width {width}; got {self._rank}: lower the rank")
-        # what is fitted is fitted to states that are turned by a rotation that is nobody's
-        secret = "public" if client is None else None if self.secret is None else f"{self.secret}/{client}"
-        secret = NOBODY if client == NOBODY else secret
-        key = _Key(secret, "uplink" if self._undo == "tail" else link, self._rank, self._rekey)
+        key = _Key(self._secret_of(client), "uplink" if self._undo == "tail" else link, self._rank, self._rekey)
         if link == "downlink" and self._undo == "tail":
             return Ends(nn.Identity(), _Restorer(width, key), width)
         drawn = None
@@ -101,31 +98,29 @@ class PerturbationStage(Stage):
         decoder = nn.Sequential(receiver, _Restorer(width, key)) if self._undo == "edge" else receiver
         return Ends(encoder, decoder, sent[self._complement])
 
+    def _secret_of(self, client: str | None) -> str | None:
+        if client is None:
+            return "public"  # what is fitted is fitted to states that are turned by a rotation that is nobody's
+        if client == NOBODY:
+            return NOBODY
+        return None if self.secret is None else f"{self.secret}/{client}"
+
     def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
-        restorer = ends.decoder[-1] if isinstance(ends.decoder, nn.Sequential) else ends.decoder
-        if not isinstance(ends.encoder, _Perturber):  # the downlink turns back what the uplink turned
-            if paired is None:
-                raise ValueError("expected this stage on both links, because the tail undoes what the front did")
-            assert isinstance(restorer, _Restorer)
-            assert isinstance(paired.encoder, _Perturber)
-            restorer.fit(paired.encoder.subspace)
-            return
-        assert seen.states is not None, "it is the first stage"
-        subspace = semantic_subspace(seen.states, self._rank)
-        ends.encoder.fit(subspace)
-        receiver = ends.decoder[0] if isinstance(ends.decoder, nn.Sequential) else ends.decoder
-        assert isinstance(receiver, _Receiver)
-        receiver.fit(subspace, seen.mean, seen.covariance)
-        if isinstance(restorer, _Restorer):
-            restorer.fit(subspace)
+        if isinstance(ends.encoder, _Perturber):
+            assert seen.states is not None, "it is the first stage"
+            subspace = semantic_subspace(seen.states, self._rank)
+        elif paired is None:
+            raise ValueError("expected this stage on both links, because the tail undoes what the front did")
+        else:  # the downlink turns back what the uplink turned
+            subspace = _in_subspace(paired)[0].subspace
+        for part in _in_subspace(ends):
+            part.fit(subspace, seen)
 
     def pass_on(self, ends: Ends, seen: Seen) -> Seen:
-        turning = ends.encoder if isinstance(ends.encoder, _Perturber) else ends.decoder
-        assert isinstance(turning, _Subspace)
-        if isinstance(turning, _Perturber) and self._complement != "keep":
+        if isinstance(ends.encoder, _Perturber) and self._complement != "keep":
             raise ValueError(f"nothing that is calibrated can follow complement={self._complement!r}")
         # a decoder must not depend on the secret: to whoever does not know it, states look alike in all rotations
-        return Seen(None, *rotated_moments(seen.mean, seen.covariance, turning.subspace))
+        return Seen(None, *rotated_moments(seen.mean, seen.covariance, _in_subspace(ends)[0].subspace))
 
     def describe(self) -> str:
         ratio = f" 1/{self._ratio:g}" if self._complement == "sketch" else ""
@@ -166,18 +161,20 @@ class _Subspace(nn.Module):
         super().__init__()
         self.subspace = nn.Parameter(torch.full((width, rank), torch.nan), requires_grad=False)
 
-    def _take(self, subspace: Tensor) -> None:
+    def fit(self, subspace: Tensor, seen: Seen) -> None:
+        """Take over the subspace of what arrives at the stage."""
         with torch.no_grad():
             self.subspace.copy_(subspace)
+
+
+def _in_subspace(ends: Ends) -> list[_Subspace]:
+    return [part for part in ends.modules() if isinstance(part, _Subspace)]
 
 
 class _Perturber(_Subspace):
     def __init__(self, width: int, key: _Key, complement: Complement, drawn: sketch.CountSketch | None) -> None:
         super().__init__(width, key.rank)
         self._key, self._complement, self._drawn = key, complement, drawn
-
-    def fit(self, subspace: Tensor) -> None:
-        self._take(subspace)
 
     def forward(self, states: Tensor) -> Tensor:
         drawn = self._drawn
@@ -193,14 +190,14 @@ class _Receiver(_Subspace):
             self.mean = nn.Parameter(torch.full((width,), torch.nan), requires_grad=False)
         self._decode = None if drawn is None else Affine(drawn.width, width)
 
-    def fit(self, subspace: Tensor, mean: Tensor, covariance: Tensor) -> None:
-        self._take(subspace)
+    def fit(self, subspace: Tensor, seen: Seen) -> None:
+        super().fit(subspace, seen)
         if self._complement == "drop":
             with torch.no_grad():
-                self.mean.copy_(mean)
+                self.mean.copy_(seen.mean)
         if self._decode is not None:
             assert self._drawn is not None
-            outside = complement_moments(mean, covariance, subspace)
+            outside = complement_moments(seen.mean, seen.covariance, subspace)
             fitted = sketch.calibrate(self._drawn.matrix, *outside)
             self._decode.fit(fitted.weight, fitted.bias)
 
@@ -213,9 +210,6 @@ class _Restorer(_Subspace):
     def __init__(self, width: int, key: _Key) -> None:
         super().__init__(width, key.rank)
         self._key = key
-
-    def fit(self, subspace: Tensor) -> None:
-        self._take(subspace)
 
     def forward(self, states: Tensor) -> Tensor:
         return restore(states, self.subspace, self._key.rotation())

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 import torch
 
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.strategies.placement import hooks
+from elsa_pl.hooks import hooks
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,11 @@ from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings, draw_profile
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.functional.updates import hashed_update
+from elsa_pl.hooks import asks, hooks
 from elsa_pl.rpc.messages import Update, Work
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies.measurement import measure_links, with_links
-from elsa_pl.strategies.placement import Placement, Plain, asks, decide, hooks
+from elsa_pl.strategies.placement import Placement, Plain, decide
 from elsa_pl.strategies.rounds import Rounds, num_bytes
 from elsa_pl.strategies.simulation import simulate_round
 from elsa_pl.strategies.topology import Topology

@@ -19,6 +19,7 @@ from elsa_pl.errors import ConfigurationError, LaunchError
 from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
+from elsa_pl.hooks import asks, hooks
 from elsa_pl.rpc import lifecycle, remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.lifecycle import Address, Transport
@@ -31,7 +32,7 @@ from elsa_pl.strategies.collectives import RpcStrategy
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
 from elsa_pl.strategies.launcher import LayoutLauncher, Processes
-from elsa_pl.strategies.placement import Placement, asks, decide, hooks
+from elsa_pl.strategies.placement import Placement, decide
 from elsa_pl.strategies.rounds import Rounds, Scope
 from elsa_pl.strategies.topology import CLOUD, Layout, Topology
 

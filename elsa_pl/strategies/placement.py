@@ -4,12 +4,12 @@ The placement changes between global rounds only. Then every replica takes over 
 client that moves to another edge, or is cut elsewhere, loses nothing but the optimizer states of the round before.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import lightning.pytorch as pl
 
+from elsa_pl.hooks import hooks
 from elsa_pl.partition import SplitPlan
 
 Plain = tuple[dict[str, str], dict[str, tuple[int, int, int]]]
@@ -40,19 +40,6 @@ class Placement:
 def _numbers(plan: SplitPlan) -> tuple[int, int, int]:
     assert plan.middle is not None, "plans are resolved before they are placed"
     return plan.front, plan.middle, plan.tail
-
-
-def hooks(trainer: "pl.Trainer", name: str) -> Iterator[Any]:
-    """The callbacks' hooks of a name, in the order of the callbacks; most callbacks have none of ours."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
-        hook = getattr(callback, name, None)
-        if hook is not None:
-            yield hook
-
-
-def asks(trainer: "pl.Trainer", *names: str) -> bool:
-    """Whether a callback has one of the hooks."""
-    return any(True for name in names for _ in hooks(trainer, name))
 
 
 def decide(trainer: "pl.Trainer", placement: Placement, check_plan: Callable[[str, SplitPlan], None]) -> Placement:

@@ -33,12 +33,14 @@ class Exposed:
     """What one pass shows.
 
     Attributes:
-        sent: what the link carries of the front's states.
+        states: of the front, before the link's stages. [B, T, D]
+        sent: what the link carries of them.
         number: of the pass over the links.
         outputs: of the middle. [B, T, D]
         gradients: of the loss with respect to `outputs`, which the edge receives. [B, T, D]
     """
 
+    states: Tensor
     sent: Tensor
     number: int
     outputs: Tensor
@@ -111,17 +113,7 @@ class Client:
         with self.front.computing(key), crossing(number):
             sent = self.front(batch).to(self._wire)
         self.traffic.crossed("uplink", sent, mask)
-        received = call(
-            self.edge.worker,
-            self.edge.service,
-            "forward",
-            self.name,
-            sent,
-            mask,
-            key,
-            number,
-            timeout_s=self.edge.timeout_s,
-        )
+        received = self.ask_edge("forward", sent, mask, key, number).wait()
         self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), batch)
@@ -141,15 +133,16 @@ class Client:
         batch = {name: value.to(self._device) for name, value in batch.items()}
         number = derive_seed("audit", *place)
         with self.front.computing(None), crossing(number):
-            sent = self.front.encoded(self.front.part(batch))
+            states = self.front.part(batch)
+            sent = self.front.encoded(states)
         mask = batch["attention_mask"].to(self._wire, torch.bool)
-        edge = self.edge
-        arguments = (self.name, sent.to(self._wire), mask, None, number)
-        received = call(edge.worker, edge.service, "forward", *arguments, timeout_s=edge.timeout_s)
+        received = self.ask_edge("forward", sent.to(self._wire), mask, None, number).wait()
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
             (gradients,) = torch.autograd.grad(self.tail.part(batch, outputs).loss, outputs)
-        return Exposed(sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu())
+        return Exposed(
+            states.float().cpu(), sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu()
+        )
 
     def ask_edge(self, method: str, *args: object) -> PendingCall:
         """Start a call to this client's session at its edge."""

@@ -10,14 +10,13 @@ import queue
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from elsa_pl.functional.microbatches import IGNORE_INDEX
-from elsa_pl.links import PREFIX, Codec, Link
+from elsa_pl.links import PREFIX, Codec, Link, on_states
 from elsa_pl.models import Task, copy_sharing, find_blocks
 from elsa_pl.partition import SplitPlan
 from elsa_pl.tiers.client import Batch
@@ -99,11 +98,10 @@ class ProbeModel:
         """Hidden states after so many blocks, a row for each token that is no padding."""
         found: list[Tensor] = []
 
-        def note(block: nn.Module, args: Any, output: Any) -> None:
-            states = output[0] if isinstance(output, tuple) else output
+        def note(states: Tensor) -> None:
             found.append(states[batch["attention_mask"].to(states.device).bool()].float().cpu())
 
-        handle = self._blocks[num_blocks - 1].register_forward_hook(note)
+        handle = on_states(self._blocks[num_blocks - 1], note)
         try:
             for batch in batches:
                 self._evaluate(batch)
@@ -134,19 +132,14 @@ class ProbeModel:
 @contextmanager
 def _replaced(block: nn.Module, codec: Codec | None) -> Iterator[None]:
     """What a block says becomes what a receiver would have of it."""
-
-    def replace(block: nn.Module, args: Any, output: Any) -> Any:
-        assert codec is not None
-        states = output[0] if isinstance(output, tuple) else output
-        received = codec.cpu()(states.float().cpu()).to(states)
-        return (received, *output[1:]) if isinstance(output, tuple) else received
-
-    handles = [] if codec is None else [block.register_forward_hook(replace)]
+    if codec is None:
+        yield
+        return
+    handle = on_states(block, lambda states: codec(states.float().cpu()).to(states))
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
 
 
 class ProbeDesk:

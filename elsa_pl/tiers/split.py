@@ -21,6 +21,7 @@ from transformers import get_scheduler
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.hooks import asks, hooks
 from elsa_pl.links import LINKS, PREFIX, Codec, Link, Stage
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
@@ -208,13 +209,8 @@ class SplitModel(EvaluatedModel):
 
     def link_stages(self) -> dict[Link, list[Stage]]:
         """What the callbacks do to the states of each link, in their order."""
-        stages: dict[Link, list[Stage]] = {link: [] for link in LINKS}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
-            for link in LINKS if hasattr(callback, "link_stage") else ():
-                stage = callback.link_stage(link)
-                if stage is not None:
-                    stages[link].append(stage)
-        return stages
+        named = list(hooks(self.trainer, "link_stage"))
+        return {link: [stage for hook in named if (stage := hook(link)) is not None] for link in LINKS}
 
     def codecs(self, plan: SplitPlan, client: str | None = None) -> dict[Link, Codec]:
         """New codecs for a client that is cut so; none for a link without stages.
@@ -246,8 +242,7 @@ class SplitModel(EvaluatedModel):
         self._hidden_size = _hidden_size(self._base)
         self.codecs(self.plan.resolve(num_blocks(self._base)))
         learning = any(stage.trains for stages in self.link_stages().values() for stage in stages)
-        choosing = any(hasattr(callback, "on_plan_clients") for callback in trainer.callbacks)
-        if learning and (choosing or self.client_plans):
+        if learning and (asks(trainer, "on_plan_clients") or self.client_plans):
             raise ConfigurationError(
                 "a link that learns is averaged over clients that are cut alike: leave out client_plans and"
                 " ResourceAwareSplitting, or set learn to false in LinkProjection"
@@ -462,9 +457,8 @@ class SplitModel(EvaluatedModel):
     def _show_traffic(self, reports: list[RoundReport], phase: str) -> None:
         """Hand on to the callbacks that have ``on_traffic`` what crossed each client's links since the last time."""
         traffic = {client: counts for report in reports for client, counts in report.traffic.items()}
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]  # Lightning sets it in a connector
-            if hasattr(callback, "on_traffic"):
-                callback.on_traffic(self.trainer, phase, traffic)
+        for hook in hooks(self.trainer, "on_traffic"):
+            hook(self.trainer, phase, traffic)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["elsa_identity"] = self.identity(self.trainer.datamodule.labels)  # type: ignore[attr-defined]
