@@ -18,7 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-# What is imported lives as long as the process; looking for garbage in it meanwhile takes most of a second.
+# What is imported lives as long as the process: looking for garbage in it takes most of a second here, and at the end,
+# where Ctrl-C should have been enough, almost two.
 _collecting = gc.isenabled()
 gc.disable()
 
@@ -47,6 +48,7 @@ from elsa_pl.strategies import HierarchicalStrategy, launcher
 from elsa_pl.strategies.checks import refuse_unsupported
 from elsa_pl.tiers import SplitModel
 
+gc.freeze()
 if _collecting:
     gc.enable()
 
