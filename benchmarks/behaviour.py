@@ -1,7 +1,7 @@
 """Does behaviour show who belongs together, and who is not to be trusted?
 
     python -m benchmarks.behaviour groups --data_root DATA_ROOT [--kinds groups sources]
-    python -m benchmarks.behaviour trust --data_root DATA_ROOT [--clients 20] [--rounds 3] [--ways trust]
+    python -m benchmarks.behaviour trust --data_root DATA_ROOT [--clients 20] [--rounds 3] [--ways trust trust+median]
 
 ``groups``: 20 clients in 4 planted groups; the adjusted Rand index of the clusters against them after the warm-up.
 ``trust``: clients with non-IID labels, a quarter of them faulty in several ways; the area under the ROC curve of trust
@@ -29,7 +29,9 @@ from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.functional.clustering import cluster, cosine_distances
 
 SEEDS = (0, 1, 2)
-WAYS = ("trust", "mean", "median", "trimmed_mean", "krum", "without")  # without the faulty clients' updates
+AGGREGATORS = ("mean", "median", "trimmed_mean", "krum")
+# trust weighs a mean, or decides who counts in another aggregator; "without" leaves out the faulty clients' updates
+WAYS = ("trust", "trust+median", "trust+trimmed_mean", *AGGREGATORS, "without")
 NUM_CLIENTS, NUM_GROUPS, ALPHA, NUM_PROBES = 20, 4, 0.3, 128
 WARMUP_ROUNDS, WARMUP_STEPS = 2, 10
 TRUST_STEPS, TRUST_BATCH, JUDGED_AFTER = 20, 8, 3
@@ -149,6 +151,7 @@ def trust(
     rounds: int,
     ways: Sequence[str],
     chosen: Sequence[str],
+    lr_schedule: str,
 ) -> None:
     """Print the areas under the ROC curve, and final accuracies of the ways to merge."""
     faults = (None, *chosen) if "without" in ways else tuple(chosen)
@@ -166,14 +169,16 @@ def trust(
             if (way == "without") != (fault is None):
                 continue
             name = f"trust-{data_set}-{fault}-{way}-{num_clients}-{rounds}-{seed}"
-            setting: dict[str, Any] = {"trainer.limit_val_batches": 0}  # the last round is tested, not the best
-            if way == "trust":
+            # the last round is tested, not the best
+            setting: dict[str, Any] = {"trainer.limit_val_batches": 0, "model.lr_schedule": lr_schedule}
+            if way.startswith("trust"):
                 setting["trainer.callbacks"] = [TRUST, {"class_path": f"{RECORDERS}.PredictionRecorder"}]
             elif way == "without":
                 leaving_out = {"clients": sorted(truths[data_set, seed])}
                 setting["trainer.callbacks"] = [{"class_path": f"{RECORDERS}.LeaveOut", "init_args": leaving_out}]
-            else:
-                setting["trainer.strategy.init_args.aggregator"] = way
+            aggregator = way.removeprefix("trust+")
+            if aggregator in AGGREGATORS:
+                setting["trainer.strategy.init_args.aggregator"] = aggregator
             jobs[data_set, fault, way, seed] = name, {**common(data, rounds, TRUST_STEPS), **setting}
     folders = all_of(list(jobs.values()), output)
     print(
@@ -183,10 +188,11 @@ def trust(
     print(f"{'':<28}{'ROC-AUC':>24}{'by divergence':>24}" + "".join(f"{way:>24}" for way in ways))
     for data_set, fault in itertools.product(data_sets, faults):
         cells = ["", ""]
-        if fault is not None and "trust" in ways:
+        judged = next((way for way in ways if way.startswith("trust")), None)
+        if fault is not None and judged is not None:
             areas: list[list[float]] = [[], []]
             for seed in SEEDS:
-                name, _ = jobs[data_set, fault, "trust", seed]
+                name, _ = jobs[data_set, fault, judged, seed]
                 history = state_of(folders[name], "TrustScoring")["history"]
                 said = torch.load(folders[name] / "predictions.pt", weights_only=True)[:JUDGED_AFTER]
                 ours = {client: scores[JUDGED_AFTER - 1] for client, scores in history.items()}
@@ -213,13 +219,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of the runs for trust")
     parser.add_argument("--ways", nargs="+", default=["trust"], choices=WAYS, help="to merge updates")
     parser.add_argument("--faults", nargs="+", default=list(FAULTS), choices=list(FAULTS), help="of the runs for trust")
+    parser.add_argument("--lr_schedule", default="constant", help="of the runs for trust")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     output = args.output.resolve()
     if args.experiment == "groups":
         groups(args.data_root.resolve(), output, args.data_sets, args.kinds)
     else:
-        trust(args.data_root.resolve(), output, args.data_sets, args.clients, args.rounds, args.ways, args.faults)
+        trust(
+            args.data_root.resolve(),
+            output,
+            args.data_sets,
+            args.clients,
+            args.rounds,
+            args.ways,
+            args.faults,
+            args.lr_schedule,
+        )
 
 
 if __name__ == "__main__":
