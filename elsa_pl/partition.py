@@ -36,7 +36,7 @@ from transformers.utils.generic import ModelOutput
 from elsa_pl.errors import UnsupportedModelError
 from elsa_pl.models import copy_sharing, find_blocks, num_blocks, sample_batch, uncut
 
-__all__ = ["Part", "SplitPlan", "check_cut", "cut", "find_blocks", "num_blocks", "replicate"]
+__all__ = ["Part", "SplitPlan", "check_cut", "check_reads_ahead", "cut", "find_blocks", "num_blocks", "replicate"]
 
 # Shapes: B batch, T tokens, D hidden width.
 
@@ -286,6 +286,26 @@ def check_cut(model: nn.Module, plan: SplitPlan) -> None:
         raise UnsupportedModelError(
             f"{base.config.model_type!r} ({type(base).__name__}) computes something else when cut: expected "
             f"a difference of at most 1e-5 of the logits; got {difference:.1e}: this family cannot be split"
+        )
+
+
+def check_reads_ahead(model: nn.Module) -> None:
+    """Check that the first token's state tells of the others, so that it can stand for the text.
+
+    Raises:
+        UnsupportedModelError: each token sees only those before it.
+    """
+    base = uncut(model)
+    batch = {name: value[:1] for name, value in sample_batch(base).items()}  # the text without padding
+    other = {**batch, "input_ids": batch["input_ids"].roll(-1, dims=1)}
+    other["input_ids"][:, 0] = batch["input_ids"][:, 0]
+    front = cut(base, SplitPlan())[0].eval()
+    with torch.no_grad():
+        first, again = (front(inputs)[:, 0] for inputs in (batch, other))
+    if torch.equal(first, again):
+        raise UnsupportedModelError(
+            f"token_pooling keeps the first token's state, and in {base.config.model_type!r} that sees no other token:"
+            " take an encoder, or leave token_pooling out"
         )
 
 

@@ -20,6 +20,7 @@ from elsa_pl import cli
 from elsa_pl.callbacks import BehaviorClustering, LatencyAwareAssignment, TrustScoring
 from elsa_pl.datamodules.faults import corrupt
 from elsa_pl.functional.profiles import ProfileSettings, draw_profile
+from elsa_pl.partition import SplitPlan
 from elsa_pl.strategies import fleet
 from elsa_pl.tiers.probes import ProbeDesk, ProbeModel
 from tests.runs import (
@@ -353,10 +354,11 @@ def test_nobody_compared_is_no_comparison(tmp_path: Path, caplog: pytest.LogCapt
 def test_the_base_is_the_same_after_clients_were_tried() -> None:
     model = ProbeModel(make_module({}).build(), "classification", torch.device("cpu"), nullcontext)
     ids = torch.arange(24).view(3, 8)
-    desk = ProbeDesk([model], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    plan = SplitPlan().resolve(3)
+    desk = ProbeDesk([model], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], plan)
     before = desk.base()
     changed = {name: value + 0.1 for name, value in model.adapters().items()}
-    tried = desk.evaluate({"client-0": changed})["client-0"]
+    tried = desk.evaluate({"client-0": changed}, {"client-0": plan})["client-0"]
     assert not torch.equal(tried[1], before[1])
     assert all(torch.equal(*pair) for pair in zip(desk.base(), before, strict=True))
 

@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
+from elsa_pl.functional.pooling import Pooling, places
+
 BYTES_PER_NUMBER: Final = 4
 """Single precision."""
 MESSAGES_PER_STEP: Final = 6
@@ -129,6 +131,9 @@ class Workload:
 
     downlink_bytes_per_token: float | None = None
     """The same from middle to tail."""
+
+    pooling: Pooling | None = None
+    """What becomes of the tokens behind the front."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_tokens", "lora_rank"):
@@ -301,27 +306,32 @@ def step_costs(workload: Workload, plan: Sequence[int]) -> StepCosts:
         raise ValueError(
             f"expected three parts of at least 1 block, {shape.num_layers} in all; got {tuple(plan)}: correct the plan"
         )
-    block = block_costs(shape, workload.num_tokens, workload.lora_rank, workload.adapters_per_block)
-    tokens = workload.batch_size * workload.num_tokens
-    both = block.forward_flops + block.backward_flops
+    num_groups = int(places(workload.num_tokens, workload.pooling)[0].max()) + 1
+    block, behind = (
+        block_costs(shape, length, workload.lora_rank, workload.adapters_per_block)
+        for length in (workload.num_tokens, num_groups)
+    )
+    tokens, groups = workload.batch_size * workload.num_tokens, workload.batch_size * num_groups
+    front_both, both = (costs.forward_flops + costs.backward_flops for costs in (block, behind))
     head_flops, head_frozen, head_trained, head_kept = _head(workload)
     hidden_bytes = shape.hidden_size * BYTES_PER_NUMBER
     uplink = hidden_bytes if workload.uplink_bytes_per_token is None else workload.uplink_bytes_per_token
     downlink = hidden_bytes if workload.downlink_bytes_per_token is None else workload.downlink_bytes_per_token
     embeddings = (shape.vocab_size + shape.num_positions) * hidden_bytes
     return StepCosts(
-        front_flops=tokens * (front * both - block.backward_flops + block.first_backward_flops),
-        middle_flops=tokens * middle * both,
-        tail_flops=tokens * tail * both + head_flops,
-        up_bytes=tokens * (uplink + downlink + 1),  # a byte of the mask
-        down_bytes=tokens * (uplink + downlink),
+        front_flops=tokens * (front * front_both - block.backward_flops + block.first_backward_flops),
+        middle_flops=groups * middle * both,
+        tail_flops=groups * tail * both + head_flops,
+        up_bytes=groups * (uplink + downlink + 1),  # a byte of the mask
+        down_bytes=groups * (uplink + downlink),
         parameter_bytes=embeddings
         + (front + tail) * (block.parameter_bytes + block.trained_bytes)
         + head_frozen
         + head_trained,
-        activation_bytes=tokens * ((front - 1 + tail) * block.activation_bytes + block.first_activation_bytes)
+        activation_bytes=tokens * ((front - 1) * block.activation_bytes + block.first_activation_bytes)
+        + groups * tail * behind.activation_bytes
         + head_kept,
-        link_bytes=4.0 * tokens * hidden_bytes,
+        link_bytes=4.0 * groups * hidden_bytes,
     )
 
 

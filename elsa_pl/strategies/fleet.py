@@ -232,6 +232,7 @@ class Fleet:
             self._probes = ProbeDesk(
                 self._module.replicas_for_probes(self._places.edge_device),
                 self._module.trainer.datamodule.probe_batches(PROBES_TOGETHER),
+                self._module.resolved_plan,
             )
 
     def fit_links(self) -> dict[str, Tensor]:
@@ -288,7 +289,7 @@ class Fleet:
             return
         probed: dict[str, tuple[Tensor, ...]] = {}
         if self._probes is not None:
-            found = self._probes.evaluate({update.sender: update.adapters for update in updates})
+            found = self._probes.evaluate({update.sender: update.adapters for update in updates}, self.placement.plans)
             for update in updates:
                 edge = self._rounds.edges[self.placement.assignment[update.sender]]
                 given = edge.given(trainer.current_epoch) or self._module.global_adapters()

@@ -9,6 +9,7 @@ import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
 from elsa_pl.errors import RemoteError
+from elsa_pl.functional.pooling import pool_batch
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.links import Traffic, crossing
 from elsa_pl.rpc.remote import PendingCall, call, start_call
@@ -33,13 +34,15 @@ class Exposed:
     """What one pass shows.
 
     Attributes:
-        states: of the front, before the link's stages. [B, T, D]
+        mask: 1 for tokens, after pooling, and 0 for padding. [B, G]
+        states: of the front, before the link's stages. [B, G, D]
         sent: what the link carries of them.
         number: of the pass over the links.
-        outputs: of the middle. [B, T, D]
-        gradients: of the loss with respect to `outputs`, which the edge receives. [B, T, D]
+        outputs: of the middle. [B, G, D]
+        gradients: of the loss with respect to `outputs`, which the edge receives. [B, G, D]
     """
 
+    mask: Tensor
     states: Tensor
     sent: Tensor
     number: int
@@ -108,7 +111,8 @@ class Client:
             place: that of an evaluation.
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
-        mask = batch["attention_mask"].to(self._wire, torch.bool)
+        behind = pool_batch(batch, self.front.pooling)
+        mask = behind["attention_mask"].to(self._wire, torch.bool)
         number = derive_seed(*(("evaluation", *place) if key is None else key))
         with self.front.computing(key), crossing(number):
             sent = self.front(batch).to(self._wire)
@@ -116,13 +120,12 @@ class Client:
         received = self.ask_edge("forward", sent, mask, key, number).wait()
         self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
-            return self.tail(received.to(self._device), batch)
+            return self.tail(received.to(self._device), behind)
 
     def states(self, batch: Batch) -> Tensor:
-        """What the front computes of a batch, [B, T, D], before the link's stages; on the CPU."""
+        """What the front computes of a batch, [B, G, D], before the link's stages; on the CPU."""
         with self.front.computing(None):
-            states: Tensor = self.front.part({name: value.to(self._device) for name, value in batch.items()})
-        return states.float().cpu()
+            return self.front.states({name: value.to(self._device) for name, value in batch.items()}).float().cpu()
 
     def expose(self, batch: Batch, place: tuple[int | str, ...]) -> Exposed:
         """A pass over a batch with labels, with all that a curious edge gets to see of it.
@@ -133,15 +136,21 @@ class Client:
         batch = {name: value.to(self._device) for name, value in batch.items()}
         number = derive_seed("audit", *place)
         with self.front.computing(None), crossing(number):
-            states = self.front.part(batch)
+            states = self.front.states(batch)
             sent = self.front.encoded(states)
-        mask = batch["attention_mask"].to(self._wire, torch.bool)
+        behind = pool_batch(batch, self.front.pooling)
+        mask = behind["attention_mask"].to(self._wire, torch.bool)
         received = self.ask_edge("forward", sent.to(self._wire), mask, None, number).wait()
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
-            (gradients,) = torch.autograd.grad(self.tail.part(batch, outputs).loss, outputs)
+            (gradients,) = torch.autograd.grad(self.tail.part(behind, outputs).loss, outputs)
         return Exposed(
-            states.float().cpu(), sent.cpu(), number, outputs.detach().float().cpu(), gradients.float().cpu()
+            mask=mask.cpu(),
+            states=states.float().cpu(),
+            sent=sent.cpu(),
+            number=number,
+            outputs=outputs.detach().float().cpu(),
+            gradients=gradients.float().cpu(),
         )
 
     def ask_edge(self, method: str, *args: object) -> PendingCall:

@@ -7,18 +7,19 @@ cross a link, where known texts under a fixed secret would give the secret away.
 
 import os
 import queue
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
 from elsa_pl.functional.microbatches import IGNORE_INDEX
+from elsa_pl.functional.pooling import Pooling, pool_batch, pool_states
 from elsa_pl.links import PREFIX, Codec, Link, on_states
-from elsa_pl.models import Task, copy_sharing, find_blocks
-from elsa_pl.partition import SplitPlan
+from elsa_pl.models import Task, copy_sharing
+from elsa_pl.partition import Part, SplitPlan, cut, find_blocks
 from elsa_pl.tiers.client import Batch
 from elsa_pl.tiers.tier import PrecisionContext
 
@@ -35,24 +36,36 @@ class ProbeModel:
         task: decides what counts as a prediction.
         device: where it computes.
         precision: enters the precision of the run.
+        pooling: of tokens, where the model is cut.
     """
 
-    def __init__(self, model: PeftModel, task: Task, device: torch.device, precision: PrecisionContext) -> None:
+    def __init__(
+        self,
+        model: PeftModel,
+        task: Task,
+        device: torch.device,
+        precision: PrecisionContext,
+        pooling: Pooling | None = None,
+    ) -> None:
         self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
         self._task, self._device, self._precision = task, device, precision
         self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
-        self._blocks = find_blocks(self._model)[1]
+        self._pooling = pooling
+        self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters that it has now, by global layer name."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
-    def evaluate(self, adapters: Mapping[str, Tensor], batches: Sequence[Batch]) -> tuple[Tensor, Tensor]:
+    def evaluate(
+        self, adapters: Mapping[str, Tensor], batches: Sequence[Batch], plan: SplitPlan
+    ) -> tuple[Tensor, Tensor]:
         """States and predictions of the model with some adapters.
 
         Args:
             adapters: by global layer name.
             batches: of probes, without labels.
+            plan: where tokens are pooled, if they are.
 
         Returns:
             - (Q, D): the last hidden states, averaged over the tokens of each probe;
@@ -62,7 +75,7 @@ class ProbeModel:
         """
         with torch.no_grad():
             self._load(adapters)
-            outputs = [self._evaluate(batch) for batch in batches]
+            outputs = [self._evaluate(batch, plan) for batch in batches]
         states, predictions = zip(*outputs, strict=True)
         return torch.cat(states), torch.cat(predictions)
 
@@ -81,45 +94,46 @@ class ProbeModel:
             plan: with the middle filled in.
             codecs: fitted in place.
         """
-        assert plan.middle is not None
-        with torch.no_grad():
+        front, middle, _ = self._parts_for(plan)
+        uplink, downlink = codecs.get("uplink"), codecs.get("downlink")
+        behind = [pool_batch(self._moved(batch), self._pooling) for batch in batches]
+        with torch.no_grad(), self._precision():
             self._load(adapters)
-            uplink = codecs.get("uplink")
+            sent = [self._pooled(front, self._moved(batch)) for batch in batches]
             if uplink is not None:
-                uplink.fit(self._states_after(plan.front, batches))
+                uplink.fit(_rows(sent, behind))
                 for name, value in uplink.tensors().items():
                     if name in adapters and adapters[name].isfinite().all():  # it has trained since
                         value.copy_(adapters[name])
-            if "downlink" in codecs:
-                with _replaced(self._blocks[plan.front - 1], uplink):
-                    codecs["downlink"].fit(self._states_after(plan.front + plan.middle, batches), uplink)
+                sent = [uplink(states.float().cpu()).to(states) for states in sent]
+            if downlink is not None:
+                outputs = [middle(batch, states) for batch, states in zip(behind, sent, strict=True)]
+                downlink.fit(_rows(outputs, behind), uplink)
 
-    def _states_after(self, num_blocks: int, batches: Sequence[Batch]) -> Tensor:
-        """Hidden states after so many blocks, a row for each token that is no padding."""
-        found: list[Tensor] = []
+    def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
+        """The parts, which share this model's weights."""
+        if plan not in self._parts:
+            front, middle, tail = cut(self._model, plan)
+            self._parts[plan] = front.eval(), middle.eval(), tail.eval()
+        return self._parts[plan]
 
-        def note(states: Tensor) -> None:
-            found.append(states[batch["attention_mask"].to(states.device).bool()].float().cpu())
+    def _moved(self, batch: Batch) -> dict[str, Tensor]:
+        return {name: value.to(self._device) for name, value in batch.items() if name not in ("labels", "rows")}
 
-        handle = on_states(self._blocks[num_blocks - 1], note)
-        try:
-            for batch in batches:
-                self._evaluate(batch)
-        finally:
-            handle.remove()
-        return torch.cat(found)
+    def _pooled(self, front: Part, batch: Batch) -> Tensor:
+        return pool_states(front(batch), batch["attention_mask"], self._pooling)
 
     def _load(self, adapters: Mapping[str, Tensor]) -> None:
         for name, value in adapters.items():
             if not name.startswith(PREFIX):  # probes cross no link
                 self._parameters[name].copy_(value)
 
-    def _evaluate(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        inputs = {name: value.to(self._device) for name, value in batch.items() if name not in ("labels", "rows")}
+    def _evaluate(self, batch: Batch, plan: SplitPlan) -> tuple[Tensor, Tensor]:
+        inputs = self._moved(batch)
         with self._precision():
-            output = self._model(**inputs, output_hidden_states=True)
-        mask = inputs["attention_mask"].unsqueeze(-1).float()
-        states = (output.hidden_states[-1].float() * mask).sum(1) / mask.sum(1)
+            output, last = self._pass(inputs) if self._pooling is None else self._pass_through_parts(inputs, plan)
+        mask = pool_batch(inputs, self._pooling)["attention_mask"].unsqueeze(-1).float()
+        states = (last.float() * mask).sum(1) / mask.sum(1)
         logits = output.logits.float()
         if self._task == "classification":
             return states.cpu(), logits.softmax(-1).cpu()
@@ -128,18 +142,27 @@ class ProbeModel:
         likely = (-losses.sum(1) / (targets != IGNORE_INDEX).sum(1)).exp()
         return states.cpu(), torch.stack([likely, 1 - likely], dim=1).cpu()
 
+    def _pass(self, inputs: Batch) -> tuple[Any, Tensor]:
+        """Output and last hidden states."""
+        output = self._model(**inputs, output_hidden_states=True)
+        return output, output.hidden_states[-1]
 
-@contextmanager
-def _replaced(block: nn.Module, codec: Codec | None) -> Iterator[None]:
-    """What a block says becomes what a receiver would have of it."""
-    if codec is None:
-        yield
-        return
-    handle = on_states(block, lambda states: codec(states.float().cpu()).to(states))
-    try:
-        yield
-    finally:
-        handle.remove()
+    def _pass_through_parts(self, inputs: Batch, plan: SplitPlan) -> tuple[Any, Tensor]:
+        front, middle, tail = self._parts_for(plan)
+        behind = pool_batch(inputs, self._pooling)
+        found: list[Tensor] = []
+        handle = on_states(find_blocks(tail.model)[1][-1], found.append)
+        try:
+            output = tail(behind, middle(behind, self._pooled(front, inputs)))
+        finally:
+            handle.remove()
+        return output, found[0]
+
+
+def _rows(states: Sequence[Tensor], batches: Sequence[Batch]) -> Tensor:
+    """A row for each token that is no padding."""
+    found = [values[batch["attention_mask"].bool()].float() for values, batch in zip(states, batches, strict=True)]
+    return torch.cat(found).cpu()
 
 
 class ProbeDesk:
@@ -148,15 +171,16 @@ class ProbeDesk:
     Args:
         models: replicas to try adapters on, with those of before any training.
         batches: of probes.
+        plan: where the model before any training is cut.
     """
 
-    def __init__(self, models: Sequence[ProbeModel], batches: Sequence[Batch]) -> None:
-        self._models, self._batches = models, batches
+    def __init__(self, models: Sequence[ProbeModel], batches: Sequence[Batch], plan: SplitPlan) -> None:
+        self._models, self._batches, self._plan = models, batches, plan
         self._initial = models[0].adapters()
 
     def base(self) -> tuple[Tensor, Tensor]:
         """States (Q, D) and predictions (Q, C) of the model before any training."""
-        return self._models[0].evaluate(self._initial, self._batches)
+        return self._models[0].evaluate(self._initial, self._batches, self._plan)
 
     def fit_links(
         self, adapters: Mapping[str, Tensor], plans: Iterable[SplitPlan], make: Callable[[SplitPlan], dict[Link, Codec]]
@@ -176,8 +200,10 @@ class ProbeDesk:
                 fitted |= {name: value.detach().clone() for name, value in codec.tensors().items()}
         return fitted
 
-    def evaluate(self, adapters: Mapping[str, Mapping[str, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        """States (Q, D) and predictions (Q, C) by client, from the adapters of each."""
+    def evaluate(
+        self, adapters: Mapping[str, Mapping[str, Tensor]], plans: Mapping[str, SplitPlan]
+    ) -> dict[str, tuple[Tensor, Tensor]]:
+        """States (Q, D) and predictions (Q, C) by client, from the adapters of each and the plan by which it is cut."""
         free: queue.SimpleQueue[ProbeModel] = queue.SimpleQueue()
         for model in self._models:
             free.put(model)
@@ -185,7 +211,7 @@ class ProbeDesk:
         def evaluate(client: str) -> tuple[Tensor, Tensor]:
             model = free.get()
             try:
-                return model.evaluate(adapters[client], self._batches)
+                return model.evaluate(adapters[client], self._batches, plans[client])
             finally:
                 free.put(model)
 

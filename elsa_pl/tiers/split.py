@@ -20,12 +20,13 @@ from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
+from elsa_pl.functional.pooling import Pooling, check_pooling
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.hooks import asks, hooks
 from elsa_pl.links import LINKS, PREFIX, Codec, Link, Stage
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
-from elsa_pl.partition import Part, SplitPlan, check_cut, cut, num_blocks, replicate
+from elsa_pl.partition import Part, SplitPlan, check_cut, check_reads_ahead, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
 from elsa_pl.tiers.evaluation import EvaluatedModel
 from elsa_pl.tiers.front import FrontModule
@@ -53,6 +54,9 @@ class SplitModel(EvaluatedModel):
         task: what the head does.
         plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
+        token_pooling: ``first``: behind the front only the state of each text's first token goes on, so that nothing
+            else crosses the links. A number n: and the means of n following tokens each. None: all tokens. For
+            classification with encoders; fronts of half the blocks or more learn as well with it.
         lora: rank, alpha, dropout and target modules of the adapters.
         optimizer: builds each tier's optimizer.
         lr_schedule: factor on the learning rate over the whole run.
@@ -72,6 +76,7 @@ class SplitModel(EvaluatedModel):
         task: Task = "classification",
         plan: SplitPlan = SplitPlan(),  # noqa: B008  # frozen
         client_plans: dict[str, SplitPlan] | None = None,
+        token_pooling: Pooling | None = None,
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # frozen
         optimizer: OptimizerFactory = adamw,
         lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
@@ -90,9 +95,16 @@ class SplitModel(EvaluatedModel):
             raise ConfigurationError(f"gradient_clip_val must be above 0 or null; got {gradient_clip_val}")
         if not 0 <= warmup_fraction <= 1:
             raise ConfigurationError(f"warmup_fraction must be in [0, 1]; got {warmup_fraction}")
+        if token_pooling is not None and task != "classification":
+            raise ConfigurationError(f"token_pooling is for classification; got task={task!r}: leave it out")
+        try:
+            check_pooling(token_pooling)
+        except ValueError as error:
+            raise ConfigurationError(str(error)) from error
         self.automatic_optimization = False
         self.model_name, self.model_config, self.task = model, model_config, task
         self.plan, self.client_plans = plan, client_plans or {}
+        self.token_pooling = token_pooling
         self.lora, self.make_optimizer = lora, optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
         self.clipping = Clipping(
@@ -142,6 +154,8 @@ class SplitModel(EvaluatedModel):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
+            if self.token_pooling is not None:
+                check_reads_ahead(self._base)
             self._checked.add(plan)
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
 
@@ -200,8 +214,8 @@ class SplitModel(EvaluatedModel):
                 self._held = [self.build()]
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
         self.check_links(self.trainer)
-        adapters = _adapters_of(self._parts_for(self._resolved_plan))
-        for codec in self.codecs(self._resolved_plan).values():
+        adapters = _adapters_of(self._parts_for(self.resolved_plan))
+        for codec in self.codecs(self.resolved_plan).values():
             adapters |= {name: value for name, value in codec.tensors().items() if value.requires_grad}
         self.adapters = ParameterTree(adapters)
 
@@ -290,7 +304,14 @@ class SplitModel(EvaluatedModel):
             num_tokens=num_tokens,
             lora_rank=self.lora.rank,
             adapters_per_block=max(1, adapters // shape.num_layers),
+            pooling=self.token_pooling,
         )
+
+    @property
+    def resolved_plan(self) -> SplitPlan:
+        """The plan of clients without one of their own, with its middle filled in."""
+        assert self._resolved_plan is not None, "the model is built before anything else is asked of it"
+        return self._resolved_plan
 
     def plan_of(self, client: str) -> SplitPlan:
         """The plan of a client, with its middle filled in."""
@@ -303,8 +324,9 @@ class SplitModel(EvaluatedModel):
         codecs = self.codecs(plan, client)
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
-        return FrontModule(replicate(front), *shared, encode=encode), TailModule(
-            replicate(tail), *shared, decode=decode
+        return (
+            FrontModule(replicate(front), *shared, encode=encode, pooling=self.token_pooling),
+            TailModule(replicate(tail), *shared, decode=decode),
         )
 
     def make_middle(self, client: str, plan: SplitPlan, device: torch.device) -> MiddleModule:
@@ -323,7 +345,7 @@ class SplitModel(EvaluatedModel):
     def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
         """Replicas of the uncut model to try the adapters of several clients on at the same time."""
         precision = self.precision_on(device)
-        return [ProbeModel(self._base, self.task, device, precision) for _ in range(num_workers())]
+        return [ProbeModel(self._base, self.task, device, precision, self.token_pooling) for _ in range(num_workers())]
 
     def recall_base_model(self) -> bool:
         """Have the uncut model at hand again; returns whether it had to be made anew."""
@@ -425,13 +447,13 @@ class SplitModel(EvaluatedModel):
         Args:
             labels: names of the classes in order; empty for causal language modelling.
         """
-        assert self._resolved_plan is not None, "the model is built before its adapters are saved or loaded"
         targets = self.lora.target_modules
         return {
             "model.model": self.model_name,
             "model.model_config": self.model_config,
             "model.task": self.task,
-            "model.plan": asdict(self._resolved_plan),
+            "model.plan": asdict(self.resolved_plan),
+            "model.token_pooling": self.token_pooling,
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),

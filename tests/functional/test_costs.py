@@ -217,3 +217,16 @@ def test_plans_that_do_not_fit(plan: tuple[int, int, int]) -> None:
 def test_workloads_without_work(name: str) -> None:
     with pytest.raises(ValueError, match=f"expected {name} >= 1; got 0"):
         replace(Workload(shape=MINILM, batch_size=1, num_tokens=1), **{name: 0})  # type: ignore[arg-type]  # any field
+
+
+@pytest.mark.parametrize(("pooling", "left"), [("first", 1), (5, 8), (None, 40)])
+def test_pooled_tokens_cost_nothing_behind_the_front(pooling: Any, left: int) -> None:
+    work: dict[str, Any] = {"shape": MINILM, "batch_size": 8}
+    pooled = step_costs(Workload(num_tokens=36 if pooling == 5 else 40, pooling=pooling, **work), (1, 4, 1))
+    whole, few = (step_costs(Workload(num_tokens=number, **work), (1, 4, 1)) for number in (40, left))
+    assert pooled.middle_flops == few.middle_flops
+    assert pooled.up_bytes == few.up_bytes
+    assert pooled.link_bytes == few.link_bytes
+    if pooling != 5:
+        assert pooled.front_flops == whole.front_flops
+    assert pooled.activation_bytes <= whole.activation_bytes

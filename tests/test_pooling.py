@@ -1,0 +1,108 @@
+"""Runs in which fewer tokens go on behind the front."""
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from elsa_pl import cli
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.partition import SplitPlan
+from elsa_pl.tiers import SplitModel
+from elsa_pl.tiers.probes import ProbeModel
+from tests.runs import (
+    TINY_LLAMA,
+    Settings,
+    arguments,
+    assert_close,
+    assert_equal,
+    make_module,
+    run_forked,
+    run_here,
+    write_data,
+)
+
+WIDTH = 32
+PLAN = SplitPlan().resolve(4)
+LINKS = [
+    {"class_path": "LinkProjection", "init_args": {"ratio": 4}},
+    {"class_path": "LinkQuantization", "init_args": {"bits": 4, "block": 8}},
+]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Four clients on two edges, two rounds."""
+    return {
+        **write_data(tmp_path_factory.mktemp("data")),
+        "strategy.num_edges": 2,
+        "model.optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.5}},
+    }
+
+
+def test_groups_of_one_token_change_nothing(base: Settings, tmp_path: Path) -> None:
+    plain = run_here(tmp_path, "plain", base)
+    grouped = run_here(tmp_path, "grouped", {**base, "model.token_pooling": 1})
+    assert_close(grouped.adapters(), plain.adapters(), atol=2e-4)
+    assert grouped.summary()["bytes"]["uplink"] == plain.summary()["bytes"]["uplink"]
+
+
+def test_one_state_of_each_text_crosses(base: Settings, tmp_path: Path) -> None:
+    settings = {**base, "model.token_pooling": "first"}
+    run = run_here(tmp_path, "run", settings)
+    counted = run.summary()["bytes"]
+    texts = 2 * 2 * 4 * 8  # rounds, steps, clients, batch
+    assert counted["uplink"]["backward"] == counted["downlink"]["backward"] == texts * WIDTH * 4
+    assert run.summary()["test_accuracy"] > 0
+
+
+def test_pooled_layouts_are_equal(base: Settings, tmp_path: Path) -> None:
+    """With links that are fitted to pooled states, and clients that are tried on the probes by their own cuts."""
+    settings = {
+        **base,
+        "data.num_probes": 32,
+        "model.token_pooling": "first",
+        "trainer.callbacks": [*LINKS, {"class_path": "TrustScoring", "init_args": {"pictures": False}}],
+    }
+    single = run_here(tmp_path, "single", settings)
+    full = run_forked(tmp_path, "full", {**settings, "strategy.layout": "full", "strategy.num_hosts": 2}, 5)
+    assert_equal(full.adapters(), single.adapters())
+    for link in ("uplink", "downlink"):
+        assert full.summary()["bytes"][link] == single.summary()["bytes"][link]
+    assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("pooling", [1, "first"])
+def test_probes_go_the_way_of_the_parts(pooling: Any) -> None:
+    """Through parts as through the uncut model, and with one token as that token's own pipeline has it."""
+    module = make_module({})
+    uncut, parts = (
+        ProbeModel(module.build(), "classification", torch.device("cpu"), nullcontext, kind) for kind in (None, pooling)
+    )
+    ids = torch.arange(1, 25).view(3, 8)
+    batches = [{"input_ids": ids, "attention_mask": (torch.arange(8) < torch.tensor([[8], [5], [2]])).long()}]
+    plain, pooled = (model.evaluate(model.adapters(), batches, PLAN) for model in (uncut, parts))
+    same = [torch.allclose(*pair, atol=1e-5) for pair in zip(plain, pooled, strict=True)]
+    assert same == [pooling == 1] * 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"model.token_pooling": 0}, "token_pooling"),
+        ({"model.token_pooling": "first", "model.model_config": TINY_LLAMA}, "sees no other token"),
+    ],
+)
+def test_what_does_not_fit(
+    base: Settings, tmp_path: Path, settings: Settings, reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments(tmp_path, "wrong", {**base, **settings})) == 1
+    assert reason in capfd.readouterr().err
+    assert not (tmp_path / "wrong").exists()
+
+
+def test_texts_are_not_continued_from_one_state() -> None:
+    with pytest.raises(ConfigurationError, match="token_pooling is for classification"):
+        SplitModel(task="causal_lm", token_pooling="first")
