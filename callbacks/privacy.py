@@ -7,7 +7,7 @@ same.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from elsa_pl.errors import ConfigurationError, RemoteError
 from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours
 from elsa_pl.functional.inverter import inverter_attack
 from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
+from elsa_pl.functional.pooling import Pooling, places
 from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
 from elsa_pl.functional.rotation_attacks import procrustes_attack, refined_attack, signature_attack
 from elsa_pl.links import NOBODY, crossing
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_NUM_HIDDEN = 256
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
 
 
@@ -44,12 +46,20 @@ class _Tokens:
         ids: [N]
         texts: number of the text of each. [N]
         passes: number of the pass in which each was sent. [N]
+        positions: in the text. [N]
+        places: among the tokens that share a state; 0 without pooling. [N]
     """
 
     states: Tensor
     ids: Tensor
     texts: Tensor
     passes: Tensor
+    positions: Tensor
+    places: Tensor
+
+    def of(self, chosen: Tensor) -> "_Tokens":
+        """Some of the rows."""
+        return _Tokens(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 class PrivacyAudit(Callback):
@@ -66,10 +76,16 @@ class PrivacyAudit(Callback):
     SS-OP undone at the tail is against the edge, as far as the figures here say; many texts under one rotation give it
     away. Nothing here hides labels from an edge that sees gradients.
 
+    Where tokens are pooled (``model.token_pooling``), each token is guessed from the state that it has its part in.
+    ``blind`` sees nothing: it guesses the token that public texts have most often at that position. No defence brings
+    the best attacker below it, and it lies well above the floor where texts begin alike, as questions do.
+
     The attackers' public texts are the probes. Held-out texts are validation texts, some of which the attacker knows
     (for Procrustes); those are not scored.
 
     Args:
+        public_file: texts that the attackers know, in the form of ``data.probe_file``; the more and the more alike to
+            the private ones, the better they are. None: the probes.
         num_texts: held-out texts that are attacked, about.
         num_known: of them, known to the attacker, about.
         every_n_rounds: rounds between audits.
@@ -84,14 +100,20 @@ class PrivacyAudit(Callback):
     """
 
     def __init__(
-        self, num_texts: int = 100, num_known: int = 16, *, every_n_rounds: int = 1, pictures: bool = True
+        self,
+        num_texts: int = 100,
+        num_known: int = 16,
+        *,
+        public_file: str | None = None,
+        every_n_rounds: int = 1,
+        pictures: bool = True,
     ) -> None:
         if not 0 < 2 * num_known <= num_texts or every_n_rounds < 1:
             raise ConfigurationError(
                 f"expected 0 < num_known <= num_texts / 2 and every_n_rounds >= 1; got {num_known}, {num_texts} and"
                 f" {every_n_rounds}"
             )
-        self._num_texts, self._num_known = num_texts, num_known
+        self._num_texts, self._num_known, self._public_file = num_texts, num_known, public_file
         self._every, self._pictures = every_n_rounds, pictures
         self._rows: list[list[Any]] = []
         self._last: dict[str, float] = {}
@@ -107,6 +129,8 @@ class PrivacyAudit(Callback):
             raise ConfigurationError("PrivacyAudit attacks the links of elsa_pl: it needs HierarchicalStrategy")
         if pl_module.task != "classification":
             raise ConfigurationError(f"PrivacyAudit works on classification; got task={pl_module.task!r}: leave it out")
+        if self._public_file is not None and not Path(self._public_file).is_file():
+            raise ConfigurationError(f"PrivacyAudit: expected texts in public_file; got no file {self._public_file}")
 
     def check_probes(self, num_probes: int, num_classes: int) -> None:
         """Probes are asked for before anything starts; any number will do."""
@@ -169,7 +193,7 @@ class PrivacyAudit(Callback):
         own, nobody = (module.known_codecs(plan, who).get("uplink") for who in (name, NOBODY))
 
         public_parts, plain_parts, seen_parts = [], [], {"edge": [], "link": []}  # type: ignore[var-annotated]
-        for batch in data.probe_batches():
+        for batch in data.probe_batches() if self._public_file is None else data.text_batches(self._public_file):
             states = client.states(batch)
             with torch.no_grad():
                 public_parts.append((states if nobody is None else nobody(states), batch))
@@ -181,20 +205,20 @@ class PrivacyAudit(Callback):
                     read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
                     seen_parts[reader].append((read, batch))
             plain_parts.append((exposed.states, batch))
-            mask = batch["attention_mask"]
-            pooled["uplink"].append(pool(seen_parts["edge"][-1][0], mask))
-            pooled["middle"].append(pool(exposed.outputs, mask))
-            pooled["gradients"].append(pool(exposed.gradients, mask))
+            pooled["uplink"].append(pool(seen_parts["edge"][-1][0], exposed.mask))
+            pooled["middle"].append(pool(exposed.outputs, exposed.mask))
+            pooled["gradients"].append(pool(exposed.gradients, exposed.mask))
 
-        public = _rows(public_parts)
-        seen = {reader: _rows(parts) for reader, parts in seen_parts.items()}
+        pooling = module.token_pooling
+        public = _rows(public_parts, pooling)
+        seen = {reader: _rows(parts, pooling) for reader, parts in seen_parts.items()}
         if torch.equal(seen["edge"].states, seen["link"].states):
             seen = {"edge": seen["edge"]}
         subspace = None if nobody is None else nobody.subspace
-        plain = _rows(plain_parts).states  # as anyone computes those of known texts
+        plain = _rows(plain_parts, pooling).states  # as anyone computes those of known texts
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
-            guesses = self._attack(tokens, public, subspace, plain)
+            guesses = self._attack(tokens, public, subspace, plain, special)
             scored = ~self._known(tokens)
             _, table = best_of_all(
                 {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
@@ -214,15 +238,33 @@ class PrivacyAudit(Callback):
         """Which of the tokens belong to texts that the attacker knows: short and long ones."""
         return tokens.texts % (self._num_texts // self._num_known) == 0
 
-    def _attack(self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor) -> dict[str, Tensor]:
+    def _attack(
+        self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor, special: list[int]
+    ) -> dict[str, Tensor]:
         """What each attacker takes the tokens for."""
-        known = self._known(seen)
+        blind = _commonest(seen, public, special)
+        guesses = {"blind": blind}
+        marked = _marked(seen, public)
+        for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
+            guesses[name] = inverter_attack(*marked, public.ids, num_hidden=num_hidden)
+        for place in seen.places.unique():  # which token of those that share a state
+            own, theirs = seen.places == place, public.places == place
+            some, known = seen.of(own), self._known(seen)[own]
+            if min(int(known.sum()), int(theirs.sum())) < 2:  # hardly a text is so long
+                continue
+            for name, guessed in self._compare(some, public.of(theirs), subspace, plain[own], known).items():
+                guesses.setdefault(name, blind.clone())[own] = guessed
+        return guesses
+
+    def _compare(
+        self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor, known: Tensor
+    ) -> dict[str, Tensor]:
+        """What attackers say that compare states, or what a rotation leaves of them."""
         aimed = (public.states, public.ids)
         guesses = {
             "nearest": nearest_neighbours(seen.states, *aimed),
             "signatures": signature_attack(seen.states, seen.texts, public.states, public.texts, public.ids),
             "alignment": alignment_attack(seen.states, *aimed, subspace),
-            "inverter": inverter_attack(seen.states, *aimed),
             "procrustes": procrustes_attack(seen.states, *aimed, seen.states[known], plain[known]),
         }
         guesses["refined"] = refined_attack(seen.states, *aimed, guesses["signatures"])
@@ -236,6 +278,28 @@ class PrivacyAudit(Callback):
         if subspace is not None and subspace.shape[1] < subspace.shape[0]:
             guesses["complement"] = complement_attack(seen.states, *aimed, subspace.detach())
         return guesses
+
+
+def _commonest(seen: _Tokens, public: _Tokens, special: list[int]) -> Tensor:
+    """The commonest token of public texts at each token's position; of any position, where no text is so long."""
+    counted = ~torch.isin(public.ids, torch.tensor(special))
+    ids, positions = public.ids[counted], public.positions[counted]
+    guesses = torch.full_like(seen.ids, int(ids.mode().values))
+    for position in positions.unique():
+        guesses[seen.positions == position] = ids[positions == position].mode().values
+    return guesses
+
+
+def _marked(seen: _Tokens, public: _Tokens) -> tuple[Tensor, Tensor]:
+    """States, and beside them the places of those tokens that share one."""
+    num_places = int(max(seen.places.max(), public.places.max())) + 1
+    if num_places == 1:
+        return seen.states, public.states
+    marked = [
+        torch.cat([tokens.states, torch.nn.functional.one_hot(tokens.places, num_places).to(tokens.states)], 1)
+        for tokens in (seen, public)
+    ]
+    return marked[0], marked[1]
 
 
 def draw_privacy(table: pd.DataFrame) -> "Figure":
@@ -282,18 +346,25 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _rows(parts: list[tuple[Tensor, Mapping[str, Tensor]]]) -> _Tokens:
-    """Tokens that are no padding, of batches of states [B, T, D]."""
-    states, ids, texts, passes = [], [], [], []
-    before = 0
+def _rows(parts: list[tuple[Tensor, Mapping[str, Tensor]]], pooling: Pooling | None) -> _Tokens:
+    """Tokens that are no padding, of batches of states [B, G, D]; each with the state that it has its part in."""
+    found, before = [], 0
     for number, (values, batch) in enumerate(parts):
         mask = batch["attention_mask"].bool()
-        states.append(values[mask].float().detach())
-        ids.append(batch["input_ids"][mask])
-        texts.append(mask.nonzero()[:, 0] + before)
-        passes.append(torch.full_like(texts[-1], number))
+        texts, positions = mask.nonzero().unbind(1)
+        groups, within = places(mask.shape[1], pooling)
+        found.append(
+            _Tokens(
+                states=values[texts, groups[positions]].float().detach(),
+                ids=batch["input_ids"][mask],
+                texts=texts + before,
+                passes=torch.full_like(texts, number),
+                positions=positions,
+                places=within[positions],
+            )
+        )
         before += len(mask)
-    return _Tokens(torch.cat(states), torch.cat(ids), torch.cat(texts), torch.cat(passes))
+    return _Tokens(*(torch.cat([getattr(tokens, field.name) for tokens in found]) for field in fields(_Tokens)))
 
 
 def _some(batches: list[Mapping[str, Tensor]], num_texts: int) -> list[Mapping[str, Tensor]]:

@@ -280,12 +280,24 @@ class FederatedTextDataModule(L.LightningDataModule):
             raise ValueError(f"expected batch_size >= 1, got {size}: raise batch_size")
         if size not in self._probe_batches:
             rows = self._probes.of(self._loaded, self._own_client)
-            tokens = self._tokenize(self._without_labels(rows), "the probes")
-            batches = [{**tokens.batch(part), "rows": torch.from_numpy(part)} for part in by_length(tokens, size)]
-            if self.task == "classification":
-                batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
-            self._probe_batches[size] = batches
+            self._probe_batches[size] = self._public_batches(rows, size, "the probes")
         return self._probe_batches[size]
+
+    def text_batches(self, file: str) -> list[Batch]:
+        """Return the batches of a file of texts without labels, such as ``probe_file``, in the form of `probe_batches`.
+
+        Raises:
+            FileNotFoundError: the file is missing.
+            ValueError: it is not what it must be.
+        """
+        return self._public_batches(Probes(file, 0, self._columns).of(None, None), self.eval_batch_size, file)
+
+    def _public_batches(self, rows: Rows, size: int, origin: str) -> list[Batch]:
+        tokens = self._tokenize(self._without_labels(rows), origin)
+        batches = [{**tokens.batch(part), "rows": torch.from_numpy(part)} for part in by_length(tokens, size)]
+        if self.task == "classification":
+            batches = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+        return batches
 
     @property
     def predict_rows(self) -> Rows:

@@ -4,6 +4,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ from tests.runs import (
     run_forked,
     run_here,
     write_data,
+    write_tickets,
 )
 
 WIDTH = 32
@@ -106,3 +108,26 @@ def test_what_does_not_fit(
 def test_texts_are_not_continued_from_one_state() -> None:
     with pytest.raises(ConfigurationError, match="token_pooling is for classification"):
         SplitModel(task="causal_lm", token_pooling="first")
+
+
+def test_an_audit_guesses_every_token_of_a_pooled_text(base: Settings, tmp_path: Path) -> None:
+    """Of a random model: from a mean of three states less is read than from each of them, and never less than blind."""
+    public = tmp_path / "public.csv"
+    pd.read_csv(write_tickets(tmp_path / "others.csv", 400, seed=2))[["text"]].to_csv(public, index=False)
+    audit = {"num_texts": 20, "num_known": 5, "public_file": str(public), "pictures": False}
+    more = {
+        **base,
+        "data.num_probes": 32,
+        "data.validation_fraction": 0.2,
+        "trainer.max_epochs": 1,
+        "trainer.callbacks": [{"class_path": "PrivacyAudit", "init_args": audit}],
+    }
+    best = {}
+    for pooling in (None, 3, "first"):
+        run = run_here(tmp_path, str(pooling), {**more, "model.token_pooling": pooling})
+        table = pd.read_csv(run.folder / "privacy.csv").query("reader == 'edge'").set_index("what")["share"]
+        assert {"blind", "nearest", "inverter", "inverter, hidden layer", "procrustes", "refined"} <= set(table.index)
+        best[pooling] = table.max()
+        blind = table["blind"]
+    assert best[None] > 0.9, "all words are public"
+    assert best[None] > best[3] > best["first"] >= blind > 0
