@@ -3,7 +3,14 @@
 from elsa_pl.callbacks.assignment import LatencyAwareAssignment
 from elsa_pl.callbacks.clustering import BehaviorClustering
 from elsa_pl.callbacks.communication import CommunicationMonitor
-from elsa_pl.callbacks.links import SSOP, LinkProjection, LinkQuantization, SketchCompression
+from elsa_pl.callbacks.links import (
+    SSOP,
+    LinkEncryption,
+    LinkNoise,
+    LinkProjection,
+    LinkQuantization,
+    SketchCompression,
+)
 from elsa_pl.callbacks.privacy import PrivacyAudit
 from elsa_pl.callbacks.progress import RoundProgress
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
@@ -14,6 +21,8 @@ __all__ = [
     "BehaviorClustering",
     "CommunicationMonitor",
     "LatencyAwareAssignment",
+    "LinkEncryption",
+    "LinkNoise",
     "LinkProjection",
     "LinkQuantization",
     "PrivacyAudit",

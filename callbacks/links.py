@@ -8,6 +8,7 @@ Several of them stack in the order in which they are given.
 """
 
 import hashlib
+import secrets
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,6 +23,7 @@ from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.links import LINKS, Codec, Link, Stage, on_states
+from elsa_pl.links.hiding import EncryptionStage, NoiseStage
 from elsa_pl.links.perturbation import PerturbationStage, Undo
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchDecoding, SketchStage
 
@@ -224,7 +226,58 @@ class LinkProjection(LinkCallback):
         super().__init__(ProjectionStage(ratio, learn), links, at, probes)
 
 
-class SSOP(LinkCallback):
+class SecretCallback(LinkCallback):
+    """A stage that depends on a secret.
+
+    Args:
+        stage, at, probes: see `LinkCallback`.
+        secret_file: holds it; None: it follows from a seed, which is right for a simulation, and no secret.
+        edges_know: the edge must have it as well.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        at: str | None,
+        probes: Iterable[Any] | None,
+        secret_file: str | None,
+        *,
+        edges_know: bool,
+    ) -> None:
+        super().__init__(stage, LINKS, at, probes)
+        self._secret_file, self._edges_know, self._known = secret_file, edges_know, cast(str | None, None)
+
+    def _secret(self, trainer: "pl.Trainer", module: "pl.LightningModule", seed: int) -> str | None:
+        """This process' secret; None for one that needs none.
+
+        Raises:
+            ConfigurationError: it should be in a file, and is not.
+        """
+        strategy: Any = trainer.strategy
+        name = type(self).__name__
+        if self._secret_file is not None:
+            path = Path(self._secret_file)
+            if not path.is_file() or not path.read_text().strip():
+                raise ConfigurationError(
+                    f"expected a secret in secret_file; got none in {path}: see the help of {name}"
+                )
+            self._known = path.read_text().strip()
+        elif not is_federated(trainer):
+            self._known = f"simulation {seed}"
+        elif strategy.layout != "site":
+            self._known = f"simulation {cast(Any, module).seed}"
+        elif strategy.world.role == "host" or (self._edges_know and strategy.world.role == "edge"):
+            raise ConfigurationError(f"between sites {name} needs secret_file: see its help")
+        return self._known
+
+    def secret_check(self) -> str | None:
+        """What tells whether two processes that must share a secret do, and not which; None where they need not."""
+        if not self._edges_know or self._known is None:
+            return None
+        return hashlib.scrypt(self._known.encode(), salt=b"elsa_pl secret check", n=2**14, r=8, p=1).hex()
+
+
+class SSOP(SecretCallback):
     """Turns what leaves a client by a rotation that only its secret gives (SS-OP).
 
     Args:
@@ -268,37 +321,19 @@ class SSOP(LinkCallback):
         probes: Iterable[Any] | None = None,
     ) -> None:
         stage = PerturbationStage(rank, undo, complement, ratio, undo == "edge" if rekey is None else rekey, seed)
-        super().__init__(stage, LINKS, at, probes)
-        self._perturbation, self._undo, self._secret_file, self._seed = stage, undo, secret_file, seed
+        super().__init__(stage, at, probes, secret_file, edges_know=undo == "edge")
+        self._perturbation, self._undo, self._seed = stage, undo, seed
         self._decode_at = decode_at
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        strategy: Any = trainer.strategy
         back = self._undo == "tail" and not is_federated(trainer)
         if back != (self._decode_at is not None):
             raise ConfigurationError(
                 f"SSOP with undo={self._undo!r} {'needs' if back else 'has no use for'} decode_at here: it is the"
                 " submodule that turns back what the edge does not, in a project without elsa_pl's strategy"
             )
-        if self._secret_file is not None:
-            path = Path(self._secret_file)
-            if not path.is_file() or not path.read_text().strip():
-                raise ConfigurationError(f"expected a secret in secret_file; got none in {path}: see the help of SSOP")
-            self._perturbation.secret = path.read_text().strip()
-        elif not is_federated(trainer):
-            self._perturbation.secret = f"simulation {self._seed}"
-        elif strategy.layout != "site":
-            self._perturbation.secret = f"simulation {cast(Any, pl_module).seed}"
-        elif strategy.world.role == "host" or (self._undo == "edge" and strategy.world.role == "edge"):
-            raise ConfigurationError("between sites SSOP needs secret_file: see its help")
+        self._perturbation.secret = self._secret(trainer, pl_module, self._seed)
         super().setup(trainer, pl_module, stage)
-
-    def secret_check(self) -> str | None:
-        """What tells whether two processes that must share a secret do, and not which; None where they need not."""
-        secret = self._perturbation.secret
-        if self._undo == "tail" or secret is None:
-            return None
-        return hashlib.scrypt(secret.encode(), salt=b"elsa_pl secret check", n=2**14, r=8, p=1).hex()
 
     def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
         if self._decode_at is None:
@@ -310,6 +345,69 @@ class SSOP(LinkCallback):
         if not hasattr(module, registered):
             module.add_module(registered, back.to(module.device))
         self._replace_output(module.get_submodule(self._decode_at), cast(Codec, module.get_submodule(registered)))
+
+
+class LinkEncryption(SecretCallback):
+    """Encrypts what crosses the links and checks that nobody changed it; gradients likewise. Always the last stage.
+
+    Against whoever reads the link, and exact: 28 bytes and the shape for each message. Not against the edge, which
+    decrypts. Adapters and calibration are no part of it.
+
+    Args:
+        secret_file: a text that the clients and edges have and nobody else, made for example by ``python -c "import
+            secrets; print(secrets.token_hex(16))"``; between sites there must be one. All have the same: it keeps
+            outsiders out, and not clients from each other. Without it, keys follow from the seed of the run: right for
+            a simulation, and no secret.
+
+    Raises:
+        ConfigurationError: from the start of a run, no `elsa_pl` strategy, or a secret that is missing.
+
+    Source:
+        RFC 8439; `elsa_pl.functional.encryption`.
+    """
+
+    def __init__(self, *, secret_file: str | None = None) -> None:
+        stage = EncryptionStage()
+        super().__init__(stage, None, None, secret_file, edges_know=True)
+        self._encryption = stage
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if not is_federated(trainer):
+            raise ConfigurationError("LinkEncryption is for the links of elsa_pl: it needs HierarchicalStrategy")
+        self._encryption.secret = self._secret(trainer, pl_module, 0)
+        super().setup(trainer, pl_module, stage)
+
+
+class LinkNoise(LinkCallback):
+    """Adds Gaussian noise to states, but not to gradients: the usual defence, to compare others with.
+
+    Args:
+        scale: standard deviations of the noise, in units of those of public texts' states, coordinate by coordinate.
+        links, at, probes: see `LinkCallback`.
+
+    Raises:
+        ConfigurationError: an unknown link.
+        ValueError: a scale that is not above 0.
+    """
+
+    def __init__(
+        self,
+        scale: float = 1.0,
+        *,
+        links: Sequence[Link] = ("uplink",),
+        at: str | None = None,
+        probes: Iterable[Any] | None = None,
+    ) -> None:
+        stage = NoiseStage(scale)
+        super().__init__(stage, links, at, probes)
+        self._noise = stage
+
+    def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
+        if is_federated(trainer) and cast(Any, trainer.strategy).layout == "site":
+            self._noise.seed = secrets.randbits(63)  # an edge knows the seed of the run
+        else:
+            self._noise.seed = getattr(pl_module, "seed", 0)
+        super().setup(trainer, pl_module, stage)
 
 
 def _link_callbacks(trainer: "pl.Trainer") -> list[LinkCallback]:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NUM_HIDDEN = 256
+_LARGEST = 1e4  # no state is so large
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
 
 
@@ -74,7 +75,8 @@ class PrivacyAudit(Callback):
     What answers what: a sketch, a projection or quantization sends less and hides little, because the nearest public
     state still tells the token. SS-OP undone at the edge is against readers of the link, and none against the edge.
     SS-OP undone at the tail is against the edge, as far as the figures here say; many texts under one rotation give it
-    away. Nothing here hides labels from an edge that sees gradients.
+    away. Encryption leaves a reader of the link nothing. Token pooling leaves an edge one state for many tokens.
+    Nothing here hides labels from an edge that sees gradients.
 
     Where tokens are pooled (``model.token_pooling``), each token is guessed from the state that it has its part in.
     ``blind`` sees nothing: it guesses the token that public texts have most often at that position. No defence brings
@@ -203,6 +205,7 @@ class PrivacyAudit(Callback):
             with torch.no_grad(), crossing(exposed.number):
                 for reader, codec in (("edge", own), ("link", nobody)):
                     read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
+                    read = read.nan_to_num(0, 0, 0).clamp(-_LARGEST, _LARGEST)  # whoever has no key reads anything
                     seen_parts[reader].append((read, batch))
             plain_parts.append((exposed.states, batch))
             pooled["uplink"].append(pool(seen_parts["edge"][-1][0], exposed.mask))

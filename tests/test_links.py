@@ -1,5 +1,6 @@
 """Runs whose links are compressed: what crosses is what was asked for, and nothing else about a run changes."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from elsa_pl import cli
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import LINKS, NOBODY, Codec
+from elsa_pl.links import LINKS, NOBODY, Codec, crossing
+from elsa_pl.links.hiding import NoiseStage
 from elsa_pl.links.perturbation import PerturbationStage
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
 from tests.runs import Run, Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
@@ -30,6 +32,8 @@ WHOLE = {
 AT_TAIL = {"class_path": "SSOP", "init_args": {"rank": 16}}
 AT_EDGE = {"class_path": "SSOP", "init_args": {"rank": 31, "undo": "edge"}}  # LayerNorm takes the mean out
 OUTSIDE = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "complement": "sketch", "ratio": 2}}
+ENCRYPTED = {"class_path": "LinkEncryption"}
+NOISE = {"class_path": "LinkNoise", "init_args": {"scale": 1}}
 DROPPED = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "complement": "drop"}}
 WAYS = [(link, way) for link in ("uplink", "downlink") for way in ("forward", "backward")]
 
@@ -143,6 +147,17 @@ def test_what_the_edge_undoes_changes_nothing(base: Settings, plain: Run, tmp_pa
     assert turned.summary()["test_loss"] == pytest.approx(plain.summary()["test_loss"], abs=1e-4)
 
 
+def test_encryption_changes_nothing(base: Settings, tmp_path: Path) -> None:
+    plain = run_here(tmp_path, "plain", with_links(base, INT4))
+    settings = {**with_links(base, INT4, ENCRYPTED), "strategy.layout": "full", "strategy.num_hosts": 2}
+    sealed = run_forked(tmp_path, "sealed", settings, 5)
+    assert_equal(sealed.adapters(), plain.adapters())
+    sent, expected = sealed.summary()["bytes"], plain.summary()["bytes"]
+    messages = 2 * 2 * 4  # rounds, steps, clients
+    for link in LINKS:  # nonce and tag, the three sizes and their number
+        assert sent[link]["backward"] - expected[link]["backward"] == messages * (12 + 16 + 16)
+
+
 def test_compressed_links_change_what_is_learnt(base: Settings, plain: Run, tmp_path: Path) -> None:
     sketched = run_here(tmp_path, "sketched", with_links(base, SKETCH, INT8)).adapters()
     assert any(not torch.equal(sketched[name], value) for name, value in plain.adapters().items())
@@ -162,7 +177,7 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
         assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4), (AT_EDGE, INT4)])
+@pytest.mark.parametrize("callbacks", [(AT_TAIL, SKETCH, INT8), (LEARNED, INT4), (AT_EDGE, INT4), (NOISE,)])
 def test_resumed_is_uninterrupted(base: Settings, tmp_path: Path, callbacks: tuple[Settings, ...]) -> None:
     settings = {**with_links(base, *callbacks), "trainer.max_epochs": 3}
     whole = run_here(tmp_path, "whole", settings)
@@ -189,7 +204,12 @@ def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
     audit = {"class_path": "PrivacyAudit", "init_args": {"num_texts": 12, "num_known": 4}}
     more = {"trainer.max_epochs": 1, "data.num_probes": 40}
     tables = {}
-    for name, callbacks in {"plain": [audit], "turned": [AT_EDGE, audit]}.items():
+    stacks: dict[str, list[Settings]] = {
+        "plain": [audit],
+        "turned": [AT_EDGE, audit],
+        "sealed": [INT4, ENCRYPTED, audit],
+    }
+    for name, callbacks in stacks.items():
         run = run_here(tmp_path, name, {**with_links(base, *callbacks), **more})
         table = pd.read_csv(run.folder / "privacy.csv")
         tables[name] = table.set_index(["reader", "what"])["share"]
@@ -201,6 +221,8 @@ def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
         assert (run.folder / "privacy.png").stat().st_size > 10_000
     assert set(tables["plain"].index.get_level_values("reader")) == {"edge", "labels"}
     assert tables["turned"]["link", "nearest"] < 0.5 * tables["turned"]["edge", "nearest"]
+    blind = tables["sealed"]["link", "blind"]
+    assert tables["sealed"]["link"].max() < blind + 0.1 < 0.5 * tables["sealed"]["edge"].max()
 
 
 # ---- a codec alone ---------------------------------------------------------------------------------------------------
@@ -288,6 +310,28 @@ def test_calibration_behind_a_rotation_holds_for_every_client(states: Tensor, cl
     assert torch.allclose(nobody(states), states, atol=1e-5)
 
 
+def test_noise_is_another_one_for_each_pass(states: Tensor) -> None:
+    noise = NoiseStage(0.5)
+    noise.seed = 3
+    seen = {}
+    for client in ("client-0", "client-1", NOBODY):
+        codec = Codec("uplink.1-2-1", "uplink", [noise], WIDTH, client)
+        codec.fit(states)
+        for number in (1, 2):
+            with crossing(number):
+                seen[client, number] = codec(states) - states
+    again = Codec("uplink.1-2-1", "uplink", [noise], WIDTH, "client-0")
+    again.fit(states)
+    with crossing(1):
+        assert torch.equal(again(states) - states, seen["client-0", 1])
+    added = [value for (client, _), value in seen.items() if client != NOBODY]
+    for value in added:
+        torch.testing.assert_close(value.std(0), 0.5 * states.std(0), rtol=0.2, atol=0)
+    cosines = [float(torch.cosine_similarity(a.flatten(), b.flatten(), 0)) for a, b in itertools.combinations(added, 2)]
+    assert max(map(abs, cosines)) < 0.05
+    assert not seen[NOBODY, 1].any()
+
+
 def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
     lost = {}
     for decoding in ("calibrated", "median", "mean"):
@@ -326,6 +370,13 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
         ([LEARNED, SKETCH], {}, r"stage 1 of uplink.* is calibrated to what arrives, and a stage before it trains"),
         ([{"class_path": "PrivacyAudit"}], {"data.num_probes": 0}, "expected probe texts, got none"),
         ([{"class_path": "PrivacyAudit", "init_args": {"num_texts": 20}}], {}, "0 < num_known <= num_texts / 2"),
+        ([ENCRYPTED, INT8], {}, r"stage 1 of uplink.* \(int8 .* comes after encryption"),
+        ([{"class_path": "LinkNoise", "init_args": {"scale": 0}}], {}, "expected a finite scale > 0; got 0"),
+        (
+            [{"class_path": "LinkEncryption", "init_args": {"secret_file": "no"}}],
+            {},
+            "expected a secret in secret_file; got none in no: see the help of LinkEncryption",
+        ),
         ([SKETCH, AT_TAIL], {}, r"stage 1 of uplink.* \(SS-OP of rank 16.* comes after sketch"),
         ([AT_TAIL, LEARNED], {}, "states whose directions are known, but SSOP has turned them"),
         ([DROPPED, SKETCH], {}, "nothing that is calibrated can follow complement='drop'"),
@@ -363,7 +414,7 @@ def test_different_secrets_are_an_error_at_the_start(base: Settings, tmp_path: P
     ranks = fork_all(commands, tmp_path / "outputs")
     assert all(forked.returncode for forked in ranks)
     shown = " ".join("".join(forked.err for forked in ranks).split())
-    assert "have different secrets for SSOP: give both the same secret_file" in shown
+    assert "have different secrets for SSOP or LinkEncryption: give both the same secret_file" in shown
 
 
 def test_ends_that_disagree_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:

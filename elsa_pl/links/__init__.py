@@ -2,8 +2,7 @@
 
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
 from elsa_pl.links.outputs import on_states
-from elsa_pl.links.perturbation import NOBODY, crossing
-from elsa_pl.links.stages import LINKS, Ends, Link, Seen, Stage
+from elsa_pl.links.stages import LINKS, NOBODY, Ends, Link, Seen, Stage, crossing
 from elsa_pl.links.traffic import Counts, Traffic, wire_bytes
 
 __all__ = [

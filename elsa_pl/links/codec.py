@@ -103,7 +103,7 @@ class Codec(nn.Module):
         self.ends = nn.ModuleList()
         for number, stage in enumerate(stages):
             where = f"stage {number} of {name} ({stage.describe()})"
-            if number and stages[number - 1].last:
+            if number and stages[number - 1].last and not stage.takes_bits:
                 raise ConfigurationError(
                     f"{where} comes after {stages[number - 1].describe()}, whose numbers are bits: put it before"
                 )

@@ -7,9 +7,6 @@ The first is against a curious edge, which never has the secret; turning back af
 the blocks in between do not notice. The second is against whoever reads the link, and exact.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Literal, get_args
 
 import torch
@@ -28,24 +25,10 @@ from elsa_pl.functional.perturbation import (
 )
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.functional.states import linear
-from elsa_pl.links.stages import Affine, Ends, Link, Seen, Stage
+from elsa_pl.links.stages import NOBODY, Affine, Ends, Link, Seen, Stage, number_of_crossing
 
 Undo = Literal["tail", "edge"]
 _NUM_ROWS = 3
-NOBODY = ""
-"""Client name of ends that turn nothing: those of an attacker who looks at public texts."""
-
-_crossing: ContextVar[int] = ContextVar("crossing", default=0)
-
-
-@contextmanager
-def crossing(number: int) -> Iterator[None]:
-    """What this thread sends and receives belongs to one pass over the links; both ends number it alike."""
-    token = _crossing.set(number)
-    try:
-        yield
-    finally:
-        _crossing.reset(token)
 
 
 class PerturbationStage(Stage):
@@ -145,7 +128,7 @@ class _Key:
         if self._secret is None:
             raise RuntimeError("this process does not know the secret of SSOP: give it secret_file")
         if self._rekey:
-            return self._draw(_crossing.get())
+            return self._draw(number_of_crossing())
         if self._kept is None:  # two threads may both draw it, and draw the same
             self._kept = self._draw(0)
         return self._kept

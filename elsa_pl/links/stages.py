@@ -11,6 +11,9 @@ Shapes: D hidden, K transmitted width, * any number of leading dimensions.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +30,25 @@ Link = Literal["uplink", "downlink"]
 """From a client to its edge, or back."""
 LINKS: tuple[Link, ...] = get_args(Link)
 SketchDecoding = Literal["calibrated", "median", "mean"]
+NOBODY = ""
+"""Client name of ends that hide nothing: those of an attacker who looks at public texts."""
+
+_crossing: ContextVar[int] = ContextVar("crossing", default=0)
+
+
+@contextmanager
+def crossing(number: int) -> Iterator[None]:
+    """What this thread sends and receives belongs to one pass over the links; both ends number it alike."""
+    token = _crossing.set(number)
+    try:
+        yield
+    finally:
+        _crossing.reset(token)
+
+
+def number_of_crossing() -> int:
+    """Of the pass under way in this thread."""
+    return _crossing.get()
 
 
 @dataclass(frozen=True)
@@ -70,13 +92,15 @@ class Stage(ABC):
         fits: it must see states of public texts before it can be used.
         trains: it has parameters that train with the adapters.
         first: nothing can come before it.
-        last: nothing can follow it.
+        last: nothing that computes with numbers can follow it.
+        takes_bits: it can follow such a one.
     """
 
     fits = False
     trains = False
     first = False
     last = False
+    takes_bits = False
 
     @abstractmethod
     def ends(self, width: int, link: Link, client: str | None) -> Ends:

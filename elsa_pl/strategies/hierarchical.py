@@ -384,8 +384,8 @@ class HierarchicalStrategy(RpcStrategy):
             for own, other in zip(checks, others, strict=False):
                 if own is not None and other is not None and own != other:
                     raise ConfigurationError(
-                        f"{self.world.worker} and {worker} have different secrets for SSOP: give both the same"
-                        " secret_file"
+                        f"{self.world.worker} and {worker} have different secrets for SSOP or LinkEncryption: give"
+                        " both the same secret_file"
                     )
         mine = {link: [stage.describe() for stage in stages] for link, stages in self._module.link_stages().items()}
         for worker, theirs in self.world.exchange(mine).items():
