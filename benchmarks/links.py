@@ -28,33 +28,34 @@ NUM_PROBES, BATCH_SIZE, ROUNDS = 256, 32, 3
 PROBES_FROM = {"trec": "banking77", "banking77": "trec"}
 
 
-def _callback(name: str, **settings: Any) -> dict[str, Any]:
+def callback(name: str, **settings: Any) -> dict[str, Any]:
+    """One entry of ``trainer.callbacks``."""
     return {"class_path": name, "init_args": settings}
 
 
 def _learned(ratio: int, block: int) -> list[dict[str, Any]]:
-    return [_callback("LinkProjection", ratio=ratio), _callback("LinkQuantization", bits=4, block=block)]
+    return [callback("LinkProjection", ratio=ratio), callback("LinkQuantization", bits=4, block=block)]
 
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
-    "int8": [_callback("LinkQuantization", bits=8)],
-    "int4": [_callback("LinkQuantization", bits=4)],
+    "int8": [callback("LinkQuantization", bits=8)],
+    "int4": [callback("LinkQuantization", bits=4)],
     **{
-        f"{decoder} {ratio}": [_callback("SketchCompression", ratio=ratio, decoder=decoder)]
+        f"{decoder} {ratio}": [callback("SketchCompression", ratio=ratio, decoder=decoder)]
         for decoder in ("median", "calibrated")
         for ratio in (2, 4, 8)
     },
-    "principal 4": [_callback("LinkProjection", ratio=4, learn=False)],
+    "principal 4": [callback("LinkProjection", ratio=4, learn=False)],
     "learned 4 + int4": _learned(4, 16),
     "learned 8 + int4": _learned(8, 16),
     "learned 16 + int4": _learned(16, 8),
-    "SS-OP 64, tail": [_callback("SSOP", rank=64)],
-    "SS-OP 256, edge": [_callback("SSOP", rank=256, undo="edge")],
+    "SS-OP 64, tail": [callback("SSOP", rank=64)],
+    "SS-OP 256, edge": [callback("SSOP", rank=256, undo="edge")],
 }
 
 
-def settings_of(data_root: Path, output: Path, data_set: str, row: str, seed: int) -> Settings:
+def settings_of(data_root: Path, output: Path, data_set: str, callbacks: list[dict[str, Any]], seed: int) -> Settings:
     """The settings of one run."""
     probe_file = output / f"probes-{PROBES_FROM[data_set]}.csv"
     if not probe_file.exists():
@@ -77,7 +78,7 @@ def settings_of(data_root: Path, output: Path, data_set: str, row: str, seed: in
         "data.max_length": 64,
         "trainer.max_epochs": ROUNDS,
         "trainer.limit_val_batches": 0,  # the last round is tested
-        "trainer.callbacks": ROWS[row],
+        "trainer.callbacks": callbacks,
         "trainer.strategy.init_args.layout": "single",
         "trainer.strategy.init_args.local_steps": math.ceil(0.98 * len(pd.read_csv(train_file)) / BATCH_SIZE),
         "trainer.strategy.init_args.passes_in_flight": 1,
@@ -108,7 +109,8 @@ def main() -> None:
     rows = ["plain", *(row for row in args.rows if row != "plain")]
     cells = [(data_set, row, seed) for data_set in args.data_sets for seed in args.seeds for row in rows]
     names = {cell: f"{cell[0]}-{cell[1].replace(' ', '').replace(',', '-')}-{cell[2]}" for cell in cells}
-    folders = all_of([(names[cell], settings_of(data_root, output, *cell)) for cell in cells], output)
+    jobs = [(names[cell], settings_of(data_root, output, cell[0], ROWS[cell[1]], cell[2])) for cell in cells]
+    folders = all_of(jobs, output)
     found = {cell: summary(folders[names[cell]]) for cell in cells}
     print(f"\n{'links':<32}{'test accuracy':>36}{'to plain, points':>26}{'MB':>9}{'less by':>9}")
     for data_set in args.data_sets:

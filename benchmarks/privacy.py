@@ -1,0 +1,123 @@
+"""What does an edge, or a reader of the link, make of what crosses, and what does hiding it cost in accuracy?
+
+    python -m benchmarks.privacy --data_root DATA_ROOT [--rows "1|4|1" "4|1|1, first" ...] [--seeds 0 1 2]
+
+TREC, trained as in `benchmarks.links`, but for 200 training texts that are held out. Attackers know 2,000 of the other
+training texts and see what an edge gets of the held-out ones after the last round. Recovery is the share of their
+tokens that the best attacker of ``PrivacyAudit`` finds, [CLS] and [SEP] not counted; of the edge, and of a reader of
+the link where that sees something else. ``blind`` sees nothing and guesses by position: no defence brings the best
+below it.
+
+Finished runs with the same settings are found again in ``--output``: use a fresh folder after a change of the code.
+"""
+
+import argparse
+import math
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+
+from benchmarks import links
+from benchmarks.links import BATCH_SIZE, ROUNDS, callback
+from benchmarks.runs import Settings, all_of, several, summary
+from elsa_pl.functional.pooling import Pooling
+
+HELD_OUT, PUBLIC = 200, 2000
+INT4 = callback("LinkQuantization", bits=4, block=8)
+
+
+class Row(NamedTuple):
+    """How the model is cut, what goes on behind the front, and what is done to it."""
+
+    front: int
+    pooling: Pooling | None = None
+    callbacks: tuple[dict[str, Any], ...] = ()
+
+
+ROWS = {
+    "1|4|1": Row(1),
+    "1|4|1, noise 1": Row(1, None, (callback("LinkNoise", scale=1.0),)),
+    "1|4|1, noise 2": Row(1, None, (callback("LinkNoise", scale=2.0),)),
+    "1|4|1, learned 16 + int4": Row(1, None, (callback("LinkProjection", ratio=16), INT4)),
+    "1|4|1, SS-OP 64": Row(1, None, (callback("SSOP", rank=64),)),
+    "1|4|1, SS-OP 383": Row(1, None, (callback("SSOP", rank=383),)),
+    "1|4|1, int4, encrypted": Row(1, None, (INT4, callback("LinkEncryption"))),
+    "1|4|1, groups of 4": Row(1, 4),
+    "2|3|1": Row(2),
+    "3|2|1": Row(3),
+    "4|1|1": Row(4),
+    "3|2|1, first": Row(3, "first"),
+    "4|1|1, groups of 4": Row(4, 4),
+    "4|1|1, first": Row(4, "first"),
+    "4|1|1, first, learned 16 + int4": Row(4, "first", (callback("LinkProjection", ratio=16), INT4)),
+    "4|1|1, first, learned 48 + int4": Row(4, "first", (callback("LinkProjection", ratio=48), INT4)),
+    "4|1|1, first, SS-OP 64": Row(4, "first", (callback("SSOP", rank=64),)),
+}
+
+
+def divide(data_root: Path, output: Path) -> dict[str, Path]:
+    """Write the files of the training texts, those held out, and those that attackers know."""
+    files = {name: output / f"{name}.csv" for name in ("train", "held_out", "public")}
+    texts = pd.read_csv(data_root / "trec" / "train.csv").sample(frac=1, random_state=0)
+    parts = texts[HELD_OUT:].sort_index(), texts[:HELD_OUT], texts[["text"]][HELD_OUT : HELD_OUT + PUBLIC]
+    for path, part in zip(files.values(), parts, strict=True):
+        part.to_csv(path, index=False)
+    return files
+
+
+def settings_of(data_root: Path, output: Path, files: dict[str, Path], row: Row, seed: int) -> Settings:
+    """The settings of one run."""
+    audit = callback(
+        "PrivacyAudit", num_texts=HELD_OUT, public_file=str(files["public"]), every_n_rounds=ROUNDS, pictures=False
+    )
+    num_train = len(pd.read_csv(files["train"]))
+    return {
+        **links.settings_of(data_root, output, "trec", [*row.callbacks, audit], seed),
+        "model.plan": {"front": row.front, "middle": 5 - row.front, "tail": 1},
+        "model.token_pooling": row.pooling,
+        "data.train_file": str(files["train"]),
+        "data.validation_file": str(files["held_out"]),
+        "data.validation_fraction": 0.0,
+        "trainer.limit_val_batches": 1.0,
+        "trainer.strategy.init_args.local_steps": math.ceil(num_train / BATCH_SIZE),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--data_root", type=Path, required=True, help="folder of trec/ and banking77/")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS), metavar="ROW")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--output", type=Path, default=Path("runs/privacy"), help="where the runs go")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    output, data_root = args.output.resolve(), args.data_root.resolve()
+    files = divide(data_root, output)
+    names = {
+        (row, seed): f"{row.replace('|', '').replace(', ', '-').replace(' ', '')}-{seed}"
+        for row in args.rows
+        for seed in args.seeds
+    }
+    jobs = [(name, settings_of(data_root, output, files, ROWS[row], seed)) for (row, seed), name in names.items()]
+    folders = all_of(jobs, output)
+    columns = {"test accuracy": 26, "edge reads": 26, "by": 26, "link reads": 12, "blind": 8, "MB": 9}
+    print(f"\n{'cut and link':<36}" + "".join(f"{title:>{width}}" for title, width in columns.items()))
+    for row in args.rows:
+        runs = [folders[names[row, seed]] for seed in args.seeds]
+        shares = [pd.read_csv(run / "privacy.csv").set_index(["reader", "what"])["share"] * 100 for run in runs]
+        readers = set(shares[0].index.get_level_values("reader"))
+        cells = [
+            several([100 * summary(run)["test_accuracy"] for run in runs], 1),
+            several([share["edge"].max() for share in shares], 1),
+            shares[0]["edge"].idxmax(),
+            f"{statistics.mean(share['link' if 'link' in readers else 'edge'].max() for share in shares):.1f}",
+            f"{statistics.mean(share['edge', 'blind'] for share in shares):.1f}",
+            f"{statistics.mean(summary(run)['bytes']['total'] for run in runs) / 1e6:.1f}",
+        ]
+        print(f"{row:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True)))
+
+
+if __name__ == "__main__":
+    main()
