@@ -52,7 +52,7 @@ ROWS = {
     "4|1|1, groups of 4": Row(4, 4),
     "4|1|1, first": Row(4, "first"),
     "4|1|1, first, learned 16 + int4": Row(4, "first", (callback("LinkProjection", ratio=16), INT4)),
-    "4|1|1, first, learned 48 + int4": Row(4, "first", (callback("LinkProjection", ratio=48), INT4)),
+    "4|1|1, first, learned 4 + int4": Row(4, "first", (callback("LinkProjection", ratio=4), INT4)),
     "4|1|1, first, SS-OP 64": Row(4, "first", (callback("SSOP", rank=64),)),
 }
 
