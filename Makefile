@@ -31,6 +31,7 @@ check: $(VENV)/.dev ## lint, formatting and types
 
 bench: $(VENV)/.run ## measure speed and memory, against the uncut model and torch's own pipeline
 	$(VENV)/bin/python -m benchmarks.speed
+	$(VENV)/bin/python -m benchmarks.stages
 
 clean: ## remove the environment and what tools leave behind; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -51,7 +51,7 @@ def _milliseconds(work: Callable[[], Any]) -> float:
 
 
 def measure(repeats: int) -> dict[str, tuple[float, float]]:
-    """Milliseconds of each thing, and of each stage with its gradients as well (twice the same for others)."""
+    """Milliseconds of each thing, and of a stage with its gradients as well (of others the same again)."""
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(TEXTS, TOKENS, WIDTH, generator=generator)
@@ -101,9 +101,8 @@ def main() -> None:
     step, copy = found["training step"][0], found["copy"][0]
     print(f"{'':<26}{'ms':>8}{'of a step':>12}{'of a copy':>12}{'with gradients':>17}{'of a step':>12}")
     for name, (forward, both) in found.items():
-        print(
-            f"{name:<26}{forward:>8.2f}{forward / step:>11.1%} {forward / copy:>10.1f}x{both:>17.2f}{both / step:>11.1%}"
-        )
+        shares = f"{forward:>8.2f}{forward / step:>12.1%}{forward / copy:>11.1f}x{both:>17.2f}{both / step:>12.1%}"
+        print(f"{name:<26}{shares}")
 
 
 if __name__ == "__main__":
