@@ -15,45 +15,33 @@ import argparse
 import math
 import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import pandas as pd
 
 from benchmarks import links
-from benchmarks.links import BATCH_SIZE, ROUNDS, callback
+from benchmarks.links import BATCH_SIZE, ROUNDS, Row, callback, learned
 from benchmarks.runs import Settings, all_of, several, summary
-from elsa_pl.functional.pooling import Pooling
 
 HELD_OUT, PUBLIC = 200, 2000
-INT4 = callback("LinkQuantization", bits=4, block=8)
-
-
-class Row(NamedTuple):
-    """How the model is cut, what goes on behind the front, and what is done to it."""
-
-    front: int
-    pooling: Pooling | None = None
-    callbacks: tuple[dict[str, Any], ...] = ()
 
 
 ROWS = {
-    "1|4|1": Row(1),
-    "1|4|1, noise 1": Row(1, None, (callback("LinkNoise", scale=1.0),)),
-    "1|4|1, noise 2": Row(1, None, (callback("LinkNoise", scale=2.0),)),
-    "1|4|1, learned 16 + int4": Row(1, None, (callback("LinkProjection", ratio=16), INT4)),
-    "1|4|1, SS-OP 64": Row(1, None, (callback("SSOP", rank=64),)),
-    "1|4|1, SS-OP 383": Row(1, None, (callback("SSOP", rank=383),)),
-    "1|4|1, int4, encrypted": Row(1, None, (INT4, callback("LinkEncryption"))),
-    "1|4|1, groups of 4": Row(1, 4),
-    "2|3|1": Row(2),
-    "3|2|1": Row(3),
-    "4|1|1": Row(4),
-    "3|2|1, first": Row(3, "first"),
-    "4|1|1, groups of 4": Row(4, 4),
-    "4|1|1, first": Row(4, "first"),
-    "4|1|1, first, learned 16 + int4": Row(4, "first", (callback("LinkProjection", ratio=16), INT4)),
-    "4|1|1, first, learned 4 + int4": Row(4, "first", (callback("LinkProjection", ratio=4), INT4)),
-    "4|1|1, first, SS-OP 64": Row(4, "first", (callback("SSOP", rank=64),)),
+    "1|4|1": Row(),
+    "1|4|1, noise 1": Row((callback("LinkNoise", scale=1.0),)),
+    "1|4|1, noise 2": Row((callback("LinkNoise", scale=2.0),)),
+    "1|4|1, learned 16 + int4": Row(learned(16, 4, 8)),
+    "1|4|1, SS-OP 64": Row((callback("SSOP", rank=64),)),
+    "1|4|1, SS-OP 383": Row((callback("SSOP", rank=383),)),
+    "1|4|1, int4, encrypted": Row((callback("LinkQuantization", bits=4), callback("LinkEncryption"))),
+    "1|4|1, groups of 4": Row((), 1, 4),
+    "2|3|1": Row((), 2),
+    "3|2|1": Row((), 3),
+    "4|1|1": Row((), 4),
+    "4|1|1, groups of 4": Row((), 4, 4),
+    "3|2|1, first, learned 4 + int4": Row(learned(4, 4, 8), 3, "first"),
+    "4|1|1, first": Row((), 4, "first"),
+    "4|1|1, first, learned 4 + int4": Row(learned(4, 4, 8), 4, "first"),
+    "4|1|1, first, learned 16 + int4": Row(learned(16, 4, 8), 4, "first"),
 }
 
 
@@ -74,9 +62,7 @@ def settings_of(data_root: Path, output: Path, files: dict[str, Path], row: Row,
     )
     num_train = len(pd.read_csv(files["train"]))
     return {
-        **links.settings_of(data_root, output, "trec", [*row.callbacks, audit], seed),
-        "model.plan": {"front": row.front, "middle": 5 - row.front, "tail": 1},
-        "model.token_pooling": row.pooling,
+        **links.settings_of(data_root, output, "trec", row._replace(callbacks=(*row.callbacks, audit)), seed),
         "data.train_file": str(files["train"]),
         "data.validation_file": str(files["held_out"]),
         "data.validation_fraction": 0.0,
