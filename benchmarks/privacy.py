@@ -8,6 +8,8 @@ tokens that the best attacker of ``PrivacyAudit`` finds, [CLS] and [SEP] not cou
 the link where that sees something else. ``blind`` sees nothing and guesses by position: no defence brings the best
 below it.
 
+The picture ``frontier.png`` in ``--output`` shows the rows that were asked for.
+
 Finished runs with the same settings are found again in ``--output``: use a fresh folder after a change of the code.
 """
 
@@ -15,12 +17,18 @@ import argparse
 import math
 import statistics
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import pandas as pd
 
 from benchmarks import links
 from benchmarks.links import BATCH_SIZE, ROUNDS, Row, callback, learned
 from benchmarks.runs import Settings, all_of, several, summary
+from elsa_pl.callbacks.drawing import DARK, FONT_PT, label_points, new_figure, save, style, title
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 HELD_OUT, PUBLIC = 200, 2000
 
@@ -90,19 +98,53 @@ def main() -> None:
     folders = all_of(jobs, output)
     columns = {"test accuracy": 26, "edge reads": 26, "by": 26, "link reads": 12, "blind": 8, "MB": 9}
     print(f"\n{'cut and link':<36}" + "".join(f"{title:>{width}}" for title, width in columns.items()))
+    points = {}
     for row in args.rows:
         runs = [folders[names[row, seed]] for seed in args.seeds]
         shares = [pd.read_csv(run / "privacy.csv").set_index(["reader", "what"])["share"] * 100 for run in runs]
         readers = set(shares[0].index.get_level_values("reader"))
+        accuracies = [100 * summary(run)["test_accuracy"] for run in runs]
+        read = [share["edge"].max() for share in shares]
+        blind = statistics.mean(share["edge", "blind"] for share in shares)
+        sent = statistics.mean(summary(run)["bytes"]["total"] for run in runs) / 1e6
+        points[row] = statistics.mean(read), statistics.mean(accuracies), sent
         cells = [
-            several([100 * summary(run)["test_accuracy"] for run in runs], 1),
-            several([share["edge"].max() for share in shares], 1),
+            several(accuracies, 1),
+            several(read, 1),
             shares[0]["edge"].idxmax(),
             f"{statistics.mean(share['link' if 'link' in readers else 'edge'].max() for share in shares):.1f}",
-            f"{statistics.mean(share['edge', 'blind'] for share in shares):.1f}",
-            f"{statistics.mean(summary(run)['bytes']['total'] for run in runs) / 1e6:.1f}",
+            f"{blind:.1f}",
+            f"{sent:.1f}",
         ]
         print(f"{row:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True)))
+    print(f"picture: {save(draw(points, blind), output / 'frontier.png')}")
+
+
+def draw(points: dict[str, tuple[float, float, float]], blind: float) -> "Figure":
+    """Accuracy against what an edge reads, coloured by what was sent.
+
+    Args:
+        points: tokens read and accuracy, in per cent, and MB; by name.
+        blind: tokens found without seeing anything, in per cent.
+    """
+    figure = new_figure(8.0, 5.0)
+    axes, bar = figure.subplots(1, 2, width_ratios=[40, 1])
+    read, accuracy, sent = np.array(list(points.values())).T
+    marks = np.arange(math.floor(np.log10(sent.min())), math.ceil(np.log10(sent.max())) + 1)
+    look = {"cmap": "viridis", "vmin": marks[0], "vmax": marks[-1], "s": 50, "edgecolors": DARK, "linewidths": 0.7}
+    drawn = axes.scatter(read, accuracy, c=np.log10(sent), **look)
+    axes.axvline(blind, color="#999999", linestyle=":", linewidth=1)
+    axes.annotate("seeing nothing", (blind, axes.get_ylim()[0]), rotation=90, fontsize=FONT_PT, ha="right", va="bottom")
+    axes.set(xlim=(0, 100), xlabel="held-out tokens that the best attacker at the edge recovers, %")
+    axes.set_ylabel("test accuracy, %")
+    style(axes)
+    scale = figure.colorbar(drawn, cax=bar)
+    scale.set_ticks(marks.tolist(), labels=[f"{10.0**mark:g}" for mark in marks])
+    scale.set_label("MB of training")
+    style(bar)
+    title(figure, "Up and left is better: accuracy, and what an edge reads of held-out texts (TREC)")
+    label_points(axes, np.column_stack([read, accuracy]), list(points), np.full(len(read), 4.0))
+    return figure
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
 from elsa_pl.functional.pooling import Pooling, places
 from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
 from elsa_pl.functional.rotation_attacks import procrustes_attack, refined_attack, signature_attack
+from elsa_pl.functional.search import search_attack
 from elsa_pl.links import NOBODY, crossing
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class PrivacyAudit(Callback):
             the private ones, the better they are. None: the probes.
         num_texts: held-out texts that are attacked, about.
         num_known: of them, known to the attacker, about.
+        num_candidates: where tokens are pooled, the edge also tries texts out, with so many of the likeliest tokens at
+            each place (`elsa_pl.functional.search`); 0: it does not, which saves time.
         every_n_rounds: rounds between audits.
         pictures: draw into the run's folder.
 
@@ -107,16 +110,17 @@ class PrivacyAudit(Callback):
         num_known: int = 16,
         *,
         public_file: str | None = None,
+        num_candidates: int = 8,
         every_n_rounds: int = 1,
         pictures: bool = True,
     ) -> None:
-        if not 0 < 2 * num_known <= num_texts or every_n_rounds < 1:
+        if not 0 < 2 * num_known <= num_texts or every_n_rounds < 1 or num_candidates < 0:
             raise ConfigurationError(
-                f"expected 0 < num_known <= num_texts / 2 and every_n_rounds >= 1; got {num_known}, {num_texts} and"
-                f" {every_n_rounds}"
+                "expected 0 < num_known <= num_texts / 2, every_n_rounds >= 1 and num_candidates >= 0; got"
+                f" {num_known}, {num_texts}, {every_n_rounds} and {num_candidates}"
             )
         self._num_texts, self._num_known, self._public_file = num_texts, num_known, public_file
-        self._every, self._pictures = every_n_rounds, pictures
+        self._num_candidates, self._every, self._pictures = num_candidates, every_n_rounds, pictures
         self._rows: list[list[Any]] = []
         self._last: dict[str, float] = {}
 
@@ -222,6 +226,8 @@ class PrivacyAudit(Callback):
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
             guesses = self._attack(tokens, public, subspace, plain, special)
+            if reader == "edge" and pooling is not None and self._num_candidates:
+                guesses["search"] = self._search(client, nobody, seen_parts[reader], tokens, public, guesses)
             scored = ~self._known(tokens)
             _, table = best_of_all(
                 {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
@@ -258,6 +264,36 @@ class PrivacyAudit(Callback):
             for name, guessed in self._compare(some, public.of(theirs), subspace, plain[own], known).items():
                 guesses.setdefault(name, blind.clone())[own] = guessed
         return guesses
+
+    def _search(
+        self,
+        client: Any,
+        codec: Any,
+        parts: list[tuple[Tensor, Mapping[str, Tensor]]],
+        seen: _Tokens,
+        public: _Tokens,
+        guesses: Mapping[str, Tensor],
+    ) -> Tensor:
+        """What an edge finds that knows the front, and tries texts out."""
+        likely = inverter_attack(
+            *_marked(seen, public), public.ids, num_guesses=self._num_candidates, num_hidden=_NUM_HIDDEN
+        )
+        rows = torch.cat([likely.view(len(likely), -1), guesses["nearest"][:, None], guesses["blind"][:, None]], 1)
+        found, before = [], 0
+        for read, batch in parts:
+            mask = batch["attention_mask"].bool()
+            candidates = batch["attention_mask"].new_zeros(*mask.shape, rows.shape[1])
+            candidates[mask] = rows[before : before + int(mask.sum())]
+            before += int(mask.sum())
+
+            def encode(ids: Tensor, batch: Mapping[str, Tensor] = batch) -> Tensor:
+                states = client.states({"input_ids": ids, "attention_mask": batch["attention_mask"]})
+                encoded: Tensor = states if codec is None else codec(states)
+                return encoded
+
+            with torch.no_grad():
+                found.append(search_attack(read, encode, candidates, mask)[mask])
+        return torch.cat(found)
 
     def _compare(
         self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor, known: Tensor

@@ -24,6 +24,7 @@ def inverter_attack(
     public: Tensor,
     public_tokens: Tensor,
     *,
+    num_guesses: int = 1,
     num_hidden: int = 0,
     max_epochs: int = 20,
     learning_rate: float = 3e-3,
@@ -45,6 +46,7 @@ def inverter_attack(
         seen: what crossed the link, or features of it. [N, K]
         public: the same of public texts. [M, K]
         public_tokens: their token ids. [M]
+        num_guesses: of each token, the likeliest first; at most as many as there are public tokens.
         num_hidden: H of one hidden layer; 0 for a linear classifier, which needs less public text.
         max_epochs: at least 1.
         learning_rate: above 0.
@@ -52,7 +54,7 @@ def inverter_attack(
         seed: of initial weights and of the order of states. The global generator is not touched.
 
     Returns:
-        Guessed token ids. [N]
+        Guessed token ids: [N], or [N, `num_guesses`] if there are several.
 
     Raises:
         ValueError: as `elsa_pl.functional.attacks.nearest_neighbours`, fewer than two public states, or a setting
@@ -69,10 +71,10 @@ def inverter_attack(
     require_public(seen, public, public_tokens)
     if len(public) < 2:
         raise ValueError(f"expected two or more public states; got {len(public)}: give more public text")
-    if num_hidden < 0 or max_epochs < 1 or not learning_rate > 0 or not 0 < held_out < 1:
+    if num_guesses < 1 or num_hidden < 0 or max_epochs < 1 or not learning_rate > 0 or not 0 < held_out < 1:
         raise ValueError(
-            "expected num_hidden >= 0, max_epochs >= 1, learning_rate > 0 and 0 < held_out < 1; got "
-            f"{num_hidden}, {max_epochs}, {learning_rate} and {held_out}"
+            "expected num_guesses >= 1, num_hidden >= 0, max_epochs >= 1, learning_rate > 0 and 0 < held_out < 1; got "
+            f"{num_guesses}, {num_hidden}, {max_epochs}, {learning_rate} and {held_out}"
         )
     # An audit may run within validation, where autograd is off; tensors made there cannot be trained on.
     with torch.inference_mode(False), torch.enable_grad():
@@ -86,9 +88,10 @@ def inverter_attack(
         weights = _initial(known, classes, num_hidden, generator)
         weights = _trained(weights, known, classes, max_epochs, learning_rate, held_out, generator)
         with torch.no_grad():
-            guesses = [_logits(rows, weights).argmax(1) for rows in found.split(_BATCH)]
+            count = min(num_guesses, len(tokens))
+            guesses = [_logits(rows, weights).topk(count).indices for rows in found.split(_BATCH)]
         found_tokens: Tensor = tokens[torch.cat(guesses)].to(seen.device)
-    return found_tokens
+    return found_tokens[:, 0] if num_guesses == 1 else found_tokens
 
 
 def _initial(known: Tensor, classes: Tensor, num_hidden: int, generator: torch.Generator) -> list[Tensor]:
