@@ -92,7 +92,7 @@ class PrivacyAudit(Callback):
         num_texts: held-out texts that are attacked, about.
         num_known: of them, known to the attacker, about.
         num_candidates: where tokens are pooled, the edge also tries texts out, with so many of the likeliest tokens at
-            each place (`elsa_pl.functional.search`); 0: it does not, which saves time.
+            each place (`elsa_pl.functional.search`), which takes minutes; 0: it does not.
         every_n_rounds: rounds between audits.
         pictures: draw into the run's folder.
 
@@ -110,7 +110,7 @@ class PrivacyAudit(Callback):
         num_known: int = 16,
         *,
         public_file: str | None = None,
-        num_candidates: int = 8,
+        num_candidates: int = 0,
         every_n_rounds: int = 1,
         pictures: bool = True,
     ) -> None:

@@ -114,7 +114,7 @@ def test_an_audit_guesses_every_token_of_a_pooled_text(base: Settings, tmp_path:
     """Of a random model: from a mean of three states less is read than from each of them, and never less than blind."""
     public = tmp_path / "public.csv"
     pd.read_csv(write_tickets(tmp_path / "others.csv", 400, seed=2))[["text"]].to_csv(public, index=False)
-    audit = {"num_texts": 20, "num_known": 5, "public_file": str(public), "pictures": False}
+    audit = {"num_texts": 20, "num_known": 5, "num_candidates": 4, "public_file": str(public), "pictures": False}
     more = {
         **base,
         "data.num_probes": 32,
@@ -127,6 +127,7 @@ def test_an_audit_guesses_every_token_of_a_pooled_text(base: Settings, tmp_path:
         run = run_here(tmp_path, str(pooling), {**more, "model.token_pooling": pooling})
         table = pd.read_csv(run.folder / "privacy.csv").query("reader == 'edge'").set_index("what")["share"]
         assert {"blind", "nearest", "inverter", "inverter, hidden layer", "procrustes", "refined"} <= set(table.index)
+        assert ("search" in table.index) == (pooling is not None)
         best[pooling] = table.max()
         blind = table["blind"]
     assert best[None] > 0.9, "all words are public"

@@ -1,0 +1,42 @@
+"""The attacker who tries texts out: it finds a text that its encoding tells, and never ends farther away."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from elsa_pl.functional.search import search_attack
+
+EMBEDDED = torch.randn(20, 16, generator=torch.Generator().manual_seed(0)).double()
+
+
+def encode(ids: Tensor) -> Tensor:
+    """A weighted sum of the tokens' vectors: places count, and all share one state."""
+    weights = torch.arange(1, ids.shape[1] + 1).double()
+    return (EMBEDDED[ids] * weights[:, None]).sum(1, keepdim=True)
+
+
+def test_it_finds_what_the_encoding_tells() -> None:
+    generator = torch.Generator().manual_seed(1)
+    texts = torch.randint(20, (6, 4), generator=generator)
+    everything = torch.arange(20).expand(6, 4, 20)
+    guessed = search_attack(encode(texts), encode, everything, torch.ones(6, 4, dtype=torch.bool), num_sweeps=9)
+    assert (guessed == texts).float().mean() > 0.8
+
+
+def test_what_is_not_free_stays_and_nothing_gets_worse() -> None:
+    generator = torch.Generator().manual_seed(2)
+    texts = torch.randint(20, (8, 5), generator=generator)
+    candidates = torch.randint(20, (8, 5, 3), generator=generator)
+    free = torch.tensor([True, True, False, True, False]).expand(8, 5)
+    guessed = search_attack(encode(texts), encode, candidates, free)
+    assert torch.equal(guessed[~free], candidates[..., 0][~free])
+    assert (guessed[..., None] == candidates).any(2).all()
+    assert not torch.equal(guessed, candidates[..., 0])
+    ended, begun = ((encode(ids) - encode(texts)).square().sum((1, 2)) for ids in (guessed, candidates[..., 0]))
+    assert (ended <= begun).all()
+
+
+@pytest.mark.parametrize(("tokens", "sweeps"), [(3, 1), (2, 0)])
+def test_shapes_that_do_not_fit(tokens: int, sweeps: int) -> None:
+    with pytest.raises(ValueError, match="expected candidates"):
+        search_attack(torch.ones(1, 1), encode, torch.ones(1, 2, 3).long(), torch.ones(1, tokens).bool(), sweeps)
