@@ -7,7 +7,6 @@ same.
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +16,12 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
+from elsa_pl.callbacks.attackers import Tokens, candidates, guess_tokens
 from elsa_pl.callbacks.drawing import new_figure, save, style, title
 from elsa_pl.callbacks.probing import is_federated, log_agreed
 from elsa_pl.errors import ConfigurationError, RemoteError
-from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours
-from elsa_pl.functional.inverter import inverter_attack
 from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
-from elsa_pl.functional.pooling import Pooling, places
 from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
-from elsa_pl.functional.rotation_attacks import procrustes_attack, refined_attack, signature_attack
 from elsa_pl.functional.search import search_attack
 from elsa_pl.links import NOBODY, crossing
 
@@ -34,34 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_NUM_HIDDEN = 256
 _LARGEST = 1e4  # no state is so large
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Rows of tokens, text after text.
-
-    Attributes:
-        states: [N, D]
-        ids: [N]
-        texts: number of the text of each. [N]
-        passes: number of the pass in which each was sent. [N]
-        positions: in the text. [N]
-        places: among the tokens that share a state; 0 without pooling. [N]
-    """
-
-    states: Tensor
-    ids: Tensor
-    texts: Tensor
-    passes: Tensor
-    positions: Tensor
-    places: Tensor
-
-    def of(self, chosen: Tensor) -> "_Tokens":
-        """Some of the rows."""
-        return _Tokens(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
 
 class PrivacyAudit(Callback):
@@ -217,18 +187,20 @@ class PrivacyAudit(Callback):
             pooled["gradients"].append(pool(exposed.gradients, exposed.mask))
 
         pooling = module.token_pooling
-        public = _rows(public_parts, pooling)
-        seen = {reader: _rows(parts, pooling) for reader, parts in seen_parts.items()}
+        public = Tokens.of_batches(public_parts, pooling)
+        seen = {reader: Tokens.of_batches(parts, pooling) for reader, parts in seen_parts.items()}
         if torch.equal(seen["edge"].states, seen["link"].states):
             seen = {"edge": seen["edge"]}
         subspace = None if nobody is None else nobody.subspace
-        plain = _rows(plain_parts, pooling).states  # as anyone computes those of known texts
+        plain = Tokens.of_batches(plain_parts, pooling).states  # as anyone computes those of known texts
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
-            guesses = self._attack(tokens, public, subspace, plain, special)
+            known = self._known(tokens)
+            guesses = guess_tokens(tokens, public, known, plain, subspace, special)
             if reader == "edge" and pooling is not None and self._num_candidates:
-                guesses["search"] = self._search(client, nobody, seen_parts[reader], tokens, public, guesses)
-            scored = ~self._known(tokens)
+                rows = candidates(tokens, public, guesses, self._num_candidates)
+                guesses["search"] = _search(client, nobody, seen_parts[reader], rows)
+            scored = ~known
             _, table = best_of_all(
                 {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
             )
@@ -243,102 +215,9 @@ class PrivacyAudit(Callback):
         scored_ids = seen["edge"].ids[~self._known(seen["edge"])]
         return shares, majority_floor(scored_ids, special, public.ids), cap(scored_ids, public.ids, special)
 
-    def _known(self, tokens: _Tokens) -> Tensor:
+    def _known(self, tokens: Tokens) -> Tensor:
         """Which of the tokens belong to texts that the attacker knows: short and long ones."""
         return tokens.texts % (self._num_texts // self._num_known) == 0
-
-    def _attack(
-        self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor, special: list[int]
-    ) -> dict[str, Tensor]:
-        """What each attacker takes the tokens for."""
-        blind = _commonest(seen, public, special)
-        guesses = {"blind": blind}
-        marked = _marked(seen, public)
-        for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
-            guesses[name] = inverter_attack(*marked, public.ids, num_hidden=num_hidden)
-        for place in seen.places.unique():  # which token of those that share a state
-            own, theirs = seen.places == place, public.places == place
-            some, known = seen.of(own), self._known(seen)[own]
-            if min(int(known.sum()), int(theirs.sum())) < 2:  # hardly a text is so long
-                continue
-            for name, guessed in self._compare(some, public.of(theirs), subspace, plain[own], known).items():
-                guesses.setdefault(name, blind.clone())[own] = guessed
-        return guesses
-
-    def _search(
-        self,
-        client: Any,
-        codec: Any,
-        parts: list[tuple[Tensor, Mapping[str, Tensor]]],
-        seen: _Tokens,
-        public: _Tokens,
-        guesses: Mapping[str, Tensor],
-    ) -> Tensor:
-        """What an edge finds that knows the front, and tries texts out."""
-        likely = inverter_attack(
-            *_marked(seen, public), public.ids, num_guesses=self._num_candidates, num_hidden=_NUM_HIDDEN
-        )
-        rows = torch.cat([likely.view(len(likely), -1), guesses["nearest"][:, None], guesses["blind"][:, None]], 1)
-        found, before = [], 0
-        for read, batch in parts:
-            mask = batch["attention_mask"].bool()
-            candidates = batch["attention_mask"].new_zeros(*mask.shape, rows.shape[1])
-            candidates[mask] = rows[before : before + int(mask.sum())]
-            before += int(mask.sum())
-
-            def encode(ids: Tensor, batch: Mapping[str, Tensor] = batch) -> Tensor:
-                states = client.states({"input_ids": ids, "attention_mask": batch["attention_mask"]})
-                encoded: Tensor = states if codec is None else codec(states)
-                return encoded
-
-            with torch.no_grad():
-                found.append(search_attack(read, encode, candidates, mask)[mask])
-        return torch.cat(found)
-
-    def _compare(
-        self, seen: _Tokens, public: _Tokens, subspace: Tensor | None, plain: Tensor, known: Tensor
-    ) -> dict[str, Tensor]:
-        """What attackers say that compare states, or what a rotation leaves of them."""
-        aimed = (public.states, public.ids)
-        guesses = {
-            "nearest": nearest_neighbours(seen.states, *aimed),
-            "signatures": signature_attack(seen.states, seen.texts, public.states, public.texts, public.ids),
-            "alignment": alignment_attack(seen.states, *aimed, subspace),
-            "procrustes": procrustes_attack(seen.states, *aimed, seen.states[known], plain[known]),
-        }
-        guesses["refined"] = refined_attack(seen.states, *aimed, guesses["signatures"])
-        apart = torch.empty_like(seen.ids), torch.empty_like(seen.ids)  # for rotations that change with every pass
-        for number in seen.passes.unique():
-            own = seen.passes == number
-            states, texts = seen.states[own], seen.texts[own]
-            apart[0][own] = signature_attack(states, texts, public.states, public.texts, public.ids)
-            apart[1][own] = refined_attack(states, *aimed, apart[0][own])
-        guesses["signatures, by pass"], guesses["refined, by pass"] = apart
-        if subspace is not None and subspace.shape[1] < subspace.shape[0]:
-            guesses["complement"] = complement_attack(seen.states, *aimed, subspace.detach())
-        return guesses
-
-
-def _commonest(seen: _Tokens, public: _Tokens, special: list[int]) -> Tensor:
-    """The commonest token of public texts at each token's position; of any position, where no text is so long."""
-    counted = ~torch.isin(public.ids, torch.tensor(special))
-    ids, positions = public.ids[counted], public.positions[counted]
-    guesses = torch.full_like(seen.ids, int(ids.mode().values))
-    for position in positions.unique():
-        guesses[seen.positions == position] = ids[positions == position].mode().values
-    return guesses
-
-
-def _marked(seen: _Tokens, public: _Tokens) -> tuple[Tensor, Tensor]:
-    """States, and beside them the places of those tokens that share one."""
-    num_places = int(max(seen.places.max(), public.places.max())) + 1
-    if num_places == 1:
-        return seen.states, public.states
-    marked = [
-        torch.cat([tokens.states, torch.nn.functional.one_hot(tokens.places, num_places).to(tokens.states)], 1)
-        for tokens in (seen, public)
-    ]
-    return marked[0], marked[1]
 
 
 def draw_privacy(table: pd.DataFrame) -> "Figure":
@@ -385,25 +264,23 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _rows(parts: list[tuple[Tensor, Mapping[str, Tensor]]], pooling: Pooling | None) -> _Tokens:
-    """Tokens that are no padding, of batches of states [B, G, D]; each with the state that it has its part in."""
+def _search(client: Any, codec: Any, parts: list[tuple[Tensor, Mapping[str, Tensor]]], candidates: Tensor) -> Tensor:
+    """What an edge finds that knows the front, and tries texts out: a guess for each row of candidates [N, C]."""
     found, before = [], 0
-    for number, (values, batch) in enumerate(parts):
+    for read, batch in parts:
         mask = batch["attention_mask"].bool()
-        texts, positions = mask.nonzero().unbind(1)
-        groups, within = places(mask.shape[1], pooling)
-        found.append(
-            _Tokens(
-                states=values[texts, groups[positions]].float().detach(),
-                ids=batch["input_ids"][mask],
-                texts=texts + before,
-                passes=torch.full_like(texts, number),
-                positions=positions,
-                places=within[positions],
-            )
-        )
-        before += len(mask)
-    return _Tokens(*(torch.cat([getattr(tokens, field.name) for tokens in found]) for field in fields(_Tokens)))
+        tried = batch["attention_mask"].new_zeros(*mask.shape, candidates.shape[1])
+        tried[mask] = candidates[before : before + int(mask.sum())]
+        before += int(mask.sum())
+
+        def encode(ids: Tensor, batch: Mapping[str, Tensor] = batch) -> Tensor:
+            states = client.states({"input_ids": ids, "attention_mask": batch["attention_mask"]})
+            encoded: Tensor = states if codec is None else codec(states)
+            return encoded
+
+        with torch.no_grad():
+            found.append(search_attack(read, encode, tried, mask)[mask])
+    return torch.cat(found)
 
 
 def _some(batches: list[Mapping[str, Tensor]], num_texts: int) -> list[Mapping[str, Tensor]]:

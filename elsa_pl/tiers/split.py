@@ -6,7 +6,7 @@ them live with the processes that run them; the strategy places those, and this 
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -22,15 +22,16 @@ from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.pooling import Pooling, check_pooling
 from elsa_pl.functional.seeding import derive_seed
-from elsa_pl.hooks import asks, hooks
-from elsa_pl.links import LINKS, PREFIX, Codec, Link, Stage
+from elsa_pl.hooks import hooks
+from elsa_pl.links import PREFIX
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, load_model
 from elsa_pl.partition import Part, SplitPlan, check_cut, check_reads_ahead, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
-from elsa_pl.tiers.evaluation import EvaluatedModel
 from elsa_pl.tiers.front import FrontModule
+from elsa_pl.tiers.linked import LinkedModel
 from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.parameters import ParameterTree
 from elsa_pl.tiers.probes import ProbeModel, num_workers
 from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
@@ -45,7 +46,7 @@ def adamw(parameters: list[nn.Parameter]) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=1e-3)
 
 
-class SplitModel(EvaluatedModel):
+class SplitModel(LinkedModel):
     """A language model cut into front, middle and tail per client, fine-tuned with LoRA.
 
     Args:
@@ -122,7 +123,6 @@ class SplitModel(EvaluatedModel):
         self._held: list[PeftModel] = []
         self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
         self._resolved_plan: SplitPlan | None = None
-        self._published: dict[str, Tensor] = {}  # what links were fitted to
         self._checked: set[SplitPlan] = set()
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
@@ -219,70 +219,9 @@ class SplitModel(EvaluatedModel):
             adapters |= {name: value for name, value in codec.tensors().items() if value.requires_grad}
         self.adapters = ParameterTree(adapters)
 
-    # ---- links ---------------------------------------------------------------------------------------------------
-
-    def link_stages(self) -> dict[Link, list[Stage]]:
-        """What the callbacks do to the states of each link, in their order."""
-        named = list(hooks(self.trainer, "link_stage"))
-        return {link: [stage for hook in named if (stage := hook(link)) is not None] for link in LINKS}
-
-    def codecs(self, plan: SplitPlan, client: str | None = None) -> dict[Link, Codec]:
-        """New codecs for a client that is cut so; none for a link without stages.
-
-        Args:
-            plan: with the middle filled in.
-            client: whose; None for codecs that are made to fit those of all clients.
-
-        Raises:
-            ConfigurationError: stages that do not fit the model or each other.
-        """
-        cut_at = f"{plan.front}-{plan.middle}-{plan.tail}"
-        return {
-            link: Codec(f"{link}.{cut_at}", link, stages, self._hidden_size, client)
-            for link, stages in self.link_stages().items()
-            if stages
-        }
-
     def check_links(self, trainer: Any) -> None:
-        """Refuse stages that do not fit, before any process starts.
-
-        Args:
-            trainer: its callbacks are the stages.
-
-        Raises:
-            ConfigurationError: with the stage and the link.
-        """
-        self.trainer = trainer
-        self._hidden_size = _hidden_size(self._base)
-        self.codecs(self.plan.resolve(num_blocks(self._base)))
-        learning = any(stage.trains for stages in self.link_stages().values() for stage in stages)
-        if learning and (asks(trainer, "on_plan_clients") or self.client_plans):
-            raise ConfigurationError(
-                "a link that learns is averaged over clients that are cut alike: leave out client_plans and"
-                " ResourceAwareSplitting, or set learn to false in LinkProjection"
-            )
-
-    def fits_links(self) -> bool:
-        """Whether some link must see states of public texts before its next use."""
-        stages = [stage for stages in self.link_stages().values() for stage in stages if stage.fits]
-        if any(not stage.trains for stage in stages) or not hasattr(self, "adapters"):
-            return bool(stages)
-        return any(name.startswith(PREFIX) and bool(value.isnan().any()) for name, value in self.adapters.items())
-
-    def known_codecs(self, plan: SplitPlan, client: str) -> dict[Link, Codec]:
-        """Codecs with all that was published for them, both sides: for looking at what crosses."""
-        codecs = self.codecs(plan, client)
-        for codec in codecs.values():
-            codec.load({**self._published, **self.global_adapters()})
-        return codecs
-
-    def start_links(self, fitted: Mapping[str, Tensor]) -> None:
-        """What trains at the ends of links starts at these values, unless it has started."""
-        self._published = dict(fitted)
-        with torch.no_grad():
-            for name, value in self.adapters.items():
-                if name.startswith(PREFIX) and value.isnan().any():
-                    value.copy_(fitted[name])
+        """Refuse stages of links that do not fit, before any process starts: see `fit_stages`."""
+        self.fit_stages(trainer, self.plan.resolve(num_blocks(self._base)), _hidden_size(self._base))
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         if plan not in self._parts:
@@ -358,10 +297,6 @@ class SplitModel(EvaluatedModel):
         """Drop the uncut model once all replicas are made: a process keeps its own parts only."""
         self._held = []
         self._parts = {}
-
-    def global_adapters(self) -> dict[str, Tensor]:
-        """The global adapters, by global layer name (not copies)."""
-        return {name: value.detach() for name, value in self.adapters.items()}
 
     def load_global_adapters(self, adapters: Mapping[str, Tensor]) -> None:
         """Copy ``adapters`` into the module's own, after a mean or from the cloud."""
@@ -457,15 +392,9 @@ class SplitModel(EvaluatedModel):
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),
-            "links that learn": self._learned_links() or None,
+            "links that learn": self.learned_links() or None,
             "data.labels": list(labels),
         }
-
-    def _learned_links(self) -> dict[Link, list[str]]:
-        found = {
-            link: [stage.describe() for stage in stages if stage.trains] for link, stages in self.link_stages().items()
-        }
-        return {link: described for link, described in found.items() if described}
 
     def on_validation_epoch_end(self) -> None:
         super().on_validation_epoch_end()
@@ -499,34 +428,6 @@ class SplitModel(EvaluatedModel):
         totals = checkpoint["elsa_totals"]
         self.num_rounds = totals["num_rounds"]
         self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
-
-
-class ParameterTree(nn.Module):
-    """Parameters under dotted names, as nested modules: a module may not register a name with a dot in it.
-
-    Args:
-        tensors: initial values by name; they are copied.
-
-    Example:
-        >>> tree = ParameterTree({"a.b": torch.zeros(1), "a.c": torch.ones(1)})
-        >>> list(tree.state_dict())
-        ['a.b', 'a.c']
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        for name, value in tensors.items():
-            *path, leaf = name.split(".")
-            module: nn.Module = self
-            for step in path:
-                if step not in module._modules:
-                    module.add_module(step, nn.Module())
-                module = module.get_submodule(step)
-            module.register_parameter(leaf, nn.Parameter(value.detach().clone()))
-
-    def items(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Dotted names and parameters."""
-        return self.named_parameters()
 
 
 def _hidden_size(model: PeftModel) -> int:
