@@ -173,15 +173,19 @@ class Mover(Callback):
 
 
 def test_a_client_that_moves_begins_anew(base: Settings, tmp_path: Path, memories: list[Memory]) -> None:
-    """It sends its texts again, and those that stay do not; here every process makes its parts anew for that."""
+    """It sends its texts again, and one that stays does not, although its middle is made anew beside the others."""
     settings = {**base, **FROZEN, "trainer.max_epochs": 3}
     mover = {"class_path": "tests.test_reuse.Mover"}
     plain = run_here(tmp_path, "plain", with_links(settings, mover))
     run = run_here(tmp_path, "run", with_links(settings, reuse(), mover))
     assert_close(run.adapters(), plain.adapters(), atol=1e-5)
     rows = pd.read_csv(run.folder / "traffic.csv").query("phase == 'training' and link == 'uplink' and round == 2")
-    stays = rows.set_index("client")["payload_bytes"]
-    assert stays["client-0"] < 0.2 * stays.drop("client-0").min()
+    uplink = rows.groupby("client")["payload_bytes"].sum()
+    assert uplink["client-0"] < 0.2 * uplink.drop("client-0").min()
+    apart = {**with_links(settings, reuse(), mover), "strategy.layout": "full", "strategy.num_hosts": 2}
+    full = run_forked(tmp_path, "full", apart, 5)
+    assert_equal(full.adapters(), run.adapters())
+    assert sent(full) == sent(run)
 
 
 def test_a_resumed_run_sends_once_more(base: Settings, tmp_path: Path) -> None:
