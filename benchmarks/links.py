@@ -47,7 +47,7 @@ def learned(ratio: int, bits: int, block: int) -> tuple[dict[str, Any], ...]:
     return callback("LinkProjection", ratio=ratio), callback("LinkQuantization", bits=bits, block=block)
 
 
-REUSE = callback("LinkReuse", threshold=0.2)
+REUSE = callback("LinkReuse", threshold=0.2, capacity=6000)
 
 ROWS = {
     "plain": Row(),

@@ -15,8 +15,9 @@ class LinkReuse(LinkCallback):
     from it in that step. Padding is never sent. Only the uplink in training is concerned. Always the first stage, and
     not together with `SSOP` or `LinkNoise`.
 
-    Both ends keep the states of at most ``capacity`` texts of each client, in float32, until the client gets another
-    edge or cut or the process ends. A checkpoint has none of them: a resumed run sends every text once more, and
+    Both ends keep the states of at most ``capacity`` texts of each client, 4 bytes for each number of them, until the
+    client gets another edge or cut or the process ends: of 4096 texts of 20 tokens in a width of 384 that is 126 MB. A
+    checkpoint has none of them: a resumed run sends every text once more, and
     differs from an uninterrupted one by that. Whoever reads the link learns which passes have a text in common, even
     with `LinkEncryption`, but neither the text nor a hash of it.
 
@@ -34,7 +35,7 @@ class LinkReuse(LinkCallback):
         `elsa_pl.links.reuse` has the mechanism.
     """
 
-    def __init__(self, threshold: float = 0.2, *, capacity: int = 10_000) -> None:
+    def __init__(self, threshold: float = 0.2, *, capacity: int = 4096) -> None:
         super().__init__(ReuseStage(threshold, capacity), ("uplink",), None, None)
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:

@@ -2,7 +2,7 @@
 
 from elsa_pl.links.codec import PREFIX, Codec, LinkEnd
 from elsa_pl.links.outputs import on_states
-from elsa_pl.links.stages import LINKS, NOBODY, Crossing, Ends, Link, Seen, Stage, crossing
+from elsa_pl.links.stages import LINKS, NOBODY, Ends, Link, Seen, Stage, crossing
 from elsa_pl.links.traffic import Counts, Traffic, wire_bytes
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "PREFIX",
     "Codec",
     "Counts",
-    "Crossing",
     "Ends",
     "Link",
     "LinkEnd",

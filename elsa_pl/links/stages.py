@@ -50,7 +50,7 @@ class Crossing:
     slots: Tensor | None = None
 
 
-_crossing: ContextVar[Crossing] = ContextVar("crossing", default=Crossing())  # noqa: B039
+_crossing: ContextVar[Crossing | None] = ContextVar("crossing", default=None)
 
 
 @contextmanager
@@ -65,8 +65,8 @@ def crossing(number: int, mask: Tensor | None = None, slots: Tensor | None = Non
 
 
 def current_crossing() -> Crossing:
-    """The pass under way in this thread."""
-    return _crossing.get()
+    """The pass under way in this thread; outside of any, one that nothing is known of."""
+    return _crossing.get() or Crossing()
 
 
 @dataclass(frozen=True)
