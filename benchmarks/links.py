@@ -47,6 +47,8 @@ def learned(ratio: int, bits: int, block: int) -> tuple[dict[str, Any], ...]:
     return callback("LinkProjection", ratio=ratio), callback("LinkQuantization", bits=bits, block=block)
 
 
+REUSE = callback("LinkReuse", threshold=0.2, capacity=6000)
+
 ROWS = {
     "plain": Row(),
     "int8": Row((callback("LinkQuantization", bits=8),)),
@@ -60,6 +62,7 @@ ROWS = {
     "learned 4 + int4": Row(learned(4, 4, 16)),
     "learned 8 + int4": Row(learned(8, 4, 16)),
     "learned 16 + int4": Row(learned(16, 4, 8)),
+    "int4, reuse": Row((REUSE, callback("LinkQuantization", bits=4))),
     "first token, learned 2 + int8": Row(learned(2, 8, 32), 4, "first"),
     "first token, learned 4 + int4": Row(learned(4, 4, 8), 4, "first"),
 }

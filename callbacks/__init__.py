@@ -13,6 +13,7 @@ from elsa_pl.callbacks.links import (
 )
 from elsa_pl.callbacks.privacy import PrivacyAudit
 from elsa_pl.callbacks.progress import RoundProgress
+from elsa_pl.callbacks.reuse import LinkReuse
 from elsa_pl.callbacks.splitting import ResourceAwareSplitting
 from elsa_pl.callbacks.trust import TrustScoring
 
@@ -25,6 +26,7 @@ __all__ = [
     "LinkNoise",
     "LinkProjection",
     "LinkQuantization",
+    "LinkReuse",
     "PrivacyAudit",
     "ResourceAwareSplitting",
     "RoundProgress",

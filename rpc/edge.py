@@ -60,6 +60,7 @@ class EdgeService:
         attention_mask: Tensor,
         key: tuple[int | str, ...] | None,
         number: int,
+        slots: Tensor | None,
     ) -> Tensor:
         """Run a client's middle.
 
@@ -69,12 +70,13 @@ class EdgeService:
             attention_mask: (B, T), bool.
             key: place of the step in the run, for dropout draws; None for evaluation.
             number: of the pass over the links.
+            slots: what the sender says about each text, if the uplink remembers any. [B]
 
         Returns:
             (B, T, D), or what the link's stages make of it; inside a remote autograd context it carries gradients back.
         """
         session = self.sessions[client]
-        with session.computing(key), crossing(number):
+        with session.computing(key), crossing(number, attention_mask, slots):
             out = session(hidden.to(self._device), attention_mask.to(self._device, torch.long))
             return out.to(self._wire)
 

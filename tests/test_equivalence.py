@@ -338,7 +338,7 @@ def test_a_replica_goes_on_with_the_optimizer_of_another() -> None:
         tier.step_optimizer(0.5)
 
     step(first, 1.0)
-    second.take_optimizer_state(first)
+    second.take_over(first)
     for tier in (second, fresh):
         tier.load(first.adapters())
     for tier in (first, second, fresh):

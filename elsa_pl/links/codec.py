@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from elsa_pl.errors import ConfigurationError, TrainingDiverged
+from elsa_pl.links.reuse import Memory, ReuseStage, Sender
 from elsa_pl.links.stages import Ends, Link, Seen, Stage
 from elsa_pl.links.traffic import Traffic
 
@@ -68,6 +69,24 @@ class LinkEnd(nn.Module):
         """What trains, by name."""
         return {name: value for name, value in self.tensors().items() if value.requires_grad}
 
+    def slots(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | None:
+        """Slots for the texts of a step, see `Sender`; None where nothing is remembered."""
+        sender = next((end for end in self._memories() if isinstance(end, Sender)), None)
+        return None if sender is None else sender.slots(batches)
+
+    def forget(self) -> None:
+        """Remember no states any more."""
+        for end in self._memories():
+            end.forget()
+
+    def take_memory(self, other: "LinkEnd") -> None:
+        """Remember what another end of the same link does, which is not used any more."""
+        for end, theirs in zip(self._memories(), other._memories(), strict=True):
+            end.take(theirs)
+
+    def _memories(self) -> list[Memory]:
+        return [end for end in self.ends.values() if isinstance(end, Memory)]
+
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over those of ``tensors`` that this end has. What is fitted only may be missing, and stays as it is.
 
@@ -111,6 +130,18 @@ class Codec(nn.Module):
                 raise ConfigurationError(
                     f"{where} is calibrated to what arrives, and a stage before it trains: leave one of them out, or"
                     " set learn to false"
+                )
+            learning = next((other for other in stages if other.trains), None)
+            if isinstance(stage, ReuseStage) and learning is not None:
+                raise ConfigurationError(
+                    f"{where} has the edge go on with what earlier values of {learning.describe()} made of a text:"
+                    " leave one of them out, or set learn to false"
+                )
+            hiding = next((other for other in stages if other.hides), None)
+            if isinstance(stage, ReuseStage) and hiding is not None:
+                raise ConfigurationError(
+                    f"{where} shows when a text comes again, and has the edge go on with what it was sent before, which"
+                    f" {hiding.describe()} is against: leave one of them out"
                 )
             if number and stage.first:
                 raise ConfigurationError(f"{where} comes after {stages[number - 1].describe()}: put it before")

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from elsa_pl.functional.encryption import derive_key, seal, unseal
 from elsa_pl.functional.seeding import derive_seed
-from elsa_pl.links.stages import NOBODY, Ends, Link, Seen, Stage, number_of_crossing
+from elsa_pl.links.stages import NOBODY, Ends, Link, Seen, Stage, current_crossing
 
 
 class EncryptionStage(Stage):
@@ -65,6 +65,7 @@ class NoiseStage(Stage):
     """
 
     fits = True
+    hides = True
 
     def __init__(self, scale: float) -> None:
         if not 0 < scale < float("inf"):
@@ -94,6 +95,6 @@ class _Noise(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         if self._seed is None:
             return states
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, number_of_crossing()))
+        generator = torch.Generator().manual_seed(derive_seed(self._seed, current_crossing().number))
         drawn = torch.randn(states.shape, generator=generator).to(states)
         return states + self._scale * self.spread * drawn

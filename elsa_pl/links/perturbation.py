@@ -25,7 +25,7 @@ from elsa_pl.functional.perturbation import (
 )
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.functional.states import linear
-from elsa_pl.links.stages import NOBODY, Affine, Ends, Link, Seen, Stage, number_of_crossing
+from elsa_pl.links.stages import NOBODY, Affine, Ends, Link, Seen, Stage, current_crossing
 
 Undo = Literal["tail", "edge"]
 _NUM_ROWS = 3
@@ -48,6 +48,7 @@ class PerturbationStage(Stage):
 
     fits = True
     first = True  # what is turned back is what left the model
+    hides = True
 
     def __init__(self, rank: int, undo: Undo, complement: Complement, ratio: float, rekey: bool, seed: int) -> None:
         if rank < 1:
@@ -128,7 +129,7 @@ class _Key:
         if self._secret is None:
             raise RuntimeError("this process does not know the secret of SSOP: give it secret_file")
         if self._rekey:
-            return self._draw(number_of_crossing())
+            return self._draw(current_crossing().number)
         if self._kept is None:  # two threads may both draw it, and draw the same
             self._kept = self._draw(0)
         return self._kept

@@ -33,22 +33,40 @@ SketchDecoding = Literal["calibrated", "median", "mean"]
 NOBODY = ""
 """Client name of ends that hide nothing: those of an attacker who looks at public texts."""
 
-_crossing: ContextVar[int] = ContextVar("crossing", default=0)
+
+@dataclass
+class Crossing:
+    """One pass over the links.
+
+    Attributes:
+        number: both ends number it alike.
+        mask: 1 for tokens and 0 for padding. [B, G]
+        slots: of each text, for `elsa_pl.links.reuse`; None where nothing is remembered, as in evaluations. The sender
+            marks which of the texts it leaves out, and its receiver needs them with the states. [B]
+    """
+
+    number: int = 0
+    mask: Tensor | None = None
+    slots: Tensor | None = None
+
+
+_crossing: ContextVar[Crossing | None] = ContextVar("crossing", default=None)
 
 
 @contextmanager
-def crossing(number: int) -> Iterator[None]:
-    """What this thread sends and receives belongs to one pass over the links; both ends number it alike."""
-    token = _crossing.set(number)
+def crossing(number: int, mask: Tensor | None = None, slots: Tensor | None = None) -> Iterator[Crossing]:
+    """What this thread sends and receives belongs to one pass over the links; see `Crossing`."""
+    passing = Crossing(number, mask, slots)
+    token = _crossing.set(passing)
     try:
-        yield
+        yield passing
     finally:
         _crossing.reset(token)
 
 
-def number_of_crossing() -> int:
-    """Of the pass under way in this thread."""
-    return _crossing.get()
+def current_crossing() -> Crossing:
+    """The pass under way in this thread; outside of any, one that nothing is known of."""
+    return _crossing.get() or Crossing()
 
 
 @dataclass(frozen=True)
@@ -94,6 +112,7 @@ class Stage(ABC):
         first: nothing can come before it.
         last: nothing that computes with numbers can follow it.
         takes_bits: it can follow such a one.
+        hides: it makes something else of a state in each pass, or must not show that a state comes again.
     """
 
     fits = False
@@ -101,6 +120,7 @@ class Stage(ABC):
     first = False
     last = False
     takes_bits = False
+    hides = False
 
     @abstractmethod
     def ends(self, width: int, link: Link, client: str | None) -> Ends:

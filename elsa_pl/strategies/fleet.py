@@ -193,15 +193,15 @@ class Fleet:
         for edge, client in new_sessions:
             session = module.make_middle(client, placement.plans[client], self._places.edge_device)
             if client in sessions[edge]:
-                session.take_optimizer_state(sessions[edge][client])
+                session.take_over(sessions[edge][client])
             sessions[edge][client] = session
         for name in new_clients:
             front, tail = module.make_ends(name, placement.plans[name], self._places.client_device)
             if name in rounds.clients:
                 there = rounds.clients[name]
                 if name not in recut:
-                    front.take_optimizer_state(there.front)
-                    tail.take_optimizer_state(there.tail)
+                    front.take_over(there.front)
+                    tail.take_over(there.tail)
                 there.front, there.tail = front, tail
             else:
                 edge = topology.assignment[name]

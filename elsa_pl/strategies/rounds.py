@@ -121,6 +121,8 @@ class Rounds:
         self.world.lost_with = topology.lost_with
         for name, client in self.clients.items():
             edge = topology.assignment[name]
+            if edge != client.edge.service:
+                client.front.forget_sent()  # a new session knows nothing
             client.edge = replace(client.edge, worker=topology.edges[edge], service=edge)
 
     def load(self, adapters: Mapping[str, Tensor]) -> None:

@@ -102,22 +102,26 @@ class Client:
         """
         return self.forward(batch, None, place)
 
-    def forward(self, batch: Batch, key: StepKey, place: tuple[int | str, ...] = ()) -> Any:
+    def forward(
+        self, batch: Batch, key: StepKey, place: tuple[int | str, ...] = (), slots: Tensor | None = None
+    ) -> Any:
         """The model's output on a batch through the whole pipeline.
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels`.
             key: place of the pass in the run, for dropout draws; None for evaluation.
             place: that of an evaluation.
+            slots: of the texts, if the uplink remembers any. [B]
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
         behind = pool_batch(batch, self.front.pooling)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
         number = derive_seed(*(("evaluation", *place) if key is None else key))
-        with self.front.computing(key), crossing(number):
+        with self.front.computing(key), crossing(number, mask, slots) as passing:
             sent = self.front(batch).to(self._wire)
-        self.traffic.crossed("uplink", sent, mask)
-        received = self.ask_edge("forward", sent, mask, key, number).wait()
+        beside = [mask] if passing.slots is None else [mask, passing.slots]
+        self.traffic.crossed("uplink", sent, *beside)
+        received = self.ask_edge("forward", sent, mask, key, number, passing.slots).wait()
         self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
             return self.tail(received.to(self._device), behind)
@@ -140,7 +144,7 @@ class Client:
             sent = self.front.encoded(states)
         behind = pool_batch(batch, self.front.pooling)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
-        received = self.ask_edge("forward", sent.to(self._wire), mask, None, number).wait()
+        received = self.ask_edge("forward", sent.to(self._wire), mask, None, number, None).wait()
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
             (gradients,) = torch.autograd.grad(self.tail.part(behind, outputs).loss, outputs)

@@ -1,6 +1,6 @@
 """The first part, on the client: embeddings and the first blocks. Token ids stop here."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -36,6 +36,10 @@ class FrontModule(Tier):
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The hidden states at the first cut, before the link's stages: (B, G, D), G the tokens after pooling."""
         return pool_states(self.part(batch), batch["attention_mask"], self.pooling)
+
+    def slots(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | None:
+        """Slots for the texts of a step's passes, see `elsa_pl.links.reuse`; None where the link remembers none."""
+        return next((slots for end in self._ends if (slots := end.slots(batches)) is not None), None)
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Return the hidden states at the first cut.

@@ -88,6 +88,7 @@ class Step:
             for batch in batches
             for micro in split_batch(batch, settings.micro_batches, causal_lm=settings.causal_lm)
         ]
+        self._slots = client.front.slots([batch for batch, _ in self._passes])
         self._losses: dict[int, float] = {}
         self._lock = threading.Lock()
 
@@ -121,7 +122,9 @@ class Step:
         client, settings = self._client, self._settings
         batch, share = self._passes[number]
         with dist_autograd.context() as context_id:
-            loss = client.forward(batch, (settings.seed, settings.round, client.name, settings.step, number)).loss
+            key = (settings.seed, settings.round, client.name, settings.step, number)
+            slots = None if self._slots is None else self._slots[number]
+            loss = client.forward(batch, key, slots=slots).loss
             value: float = loss.item()
             if not math.isfinite(value):
                 raise TrainingDiverged(

@@ -84,8 +84,15 @@ class Tier(L.LightningModule):
         self._optimizer = self._make_optimizer(self._trained) if self._trained else None
         self._initial_lrs = [group["lr"] for group in self._optimizer.param_groups] if self._optimizer else []
 
-    def take_optimizer_state(self, other: "Tier") -> None:
-        """Go on with the optimizer's state of another replica of the same part."""
+    def forget_sent(self) -> None:
+        """Have links remember no states any more, as when the other end is a new one."""
+        for end in self._ends:
+            end.forget()
+
+    def take_over(self, other: "Tier") -> None:
+        """Go on with the optimizer's state of another replica of the same part, and with what its links remember."""
+        for end, theirs in zip(self._ends, other._ends, strict=True):
+            end.take_memory(theirs)
         if self._optimizer is not None and other._optimizer is not None:
             # a copy: load_state_dict would share the tensors
             self._optimizer.load_state_dict(copy.deepcopy(other._optimizer.state_dict()))
