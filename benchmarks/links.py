@@ -16,6 +16,7 @@ import argparse
 import math
 import statistics
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import pandas as pd
 from scipy.stats import t
 
 from benchmarks.runs import Settings, all_of, several, summary
-from elsa_pl.functional.pooling import Pooling
+from elsa_pl.functional.pooling import TokenPooling
 
 NUM_PROBES, BATCH_SIZE, ROUNDS = 256, 32, 3
 PROBES_FROM = {"trec": "banking77", "banking77": "trec"}
@@ -39,7 +40,7 @@ class Row(NamedTuple):
 
     callbacks: tuple[dict[str, Any], ...] = ()
     front: int = 1
-    pooling: Pooling | None = None
+    pooling: TokenPooling = TokenPooling()
 
 
 def learned(ratio: int, bits: int, block: int) -> tuple[dict[str, Any], ...]:
@@ -62,9 +63,12 @@ ROWS = {
     "learned 4 + int4": Row(learned(4, 4, 16)),
     "learned 8 + int4": Row(learned(8, 4, 16)),
     "learned 16 + int4": Row(learned(16, 4, 8)),
+    "last block first token, learned 4 + int4": Row(learned(4, 4, 16), 1, TokenPooling(downlink="first")),
+    "last block first token, learned 8 + int4": Row(learned(8, 4, 16), 1, TokenPooling(downlink="first")),
+    "last block first token, learned 12 + int4": Row(learned(12, 4, 16), 1, TokenPooling(downlink="first")),
     "int4, reuse": Row((REUSE, callback("LinkQuantization", bits=4))),
-    "first token, learned 2 + int8": Row(learned(2, 8, 32), 4, "first"),
-    "first token, learned 4 + int4": Row(learned(4, 4, 8), 4, "first"),
+    "first token, learned 2 + int8": Row(learned(2, 8, 32), 4, TokenPooling("first")),
+    "first token, learned 4 + int4": Row(learned(4, 4, 8), 4, TokenPooling("first")),
 }
 
 
@@ -78,7 +82,7 @@ def settings_of(data_root: Path, output: Path, data_set: str, row: Row, seed: in
     return {
         "model.model": "bundled:all-MiniLM-L6-v2",
         "model.plan": {"front": row.front, "middle": 5 - row.front, "tail": 1},
-        **({} if row.pooling is None else {"model.token_pooling": row.pooling}),
+        **({"model.token_pooling": asdict(row.pooling)} if row.pooling else {}),
         "model.optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e-3}},
         "model.lr_schedule": "linear",
         "model.gradient_clip_val": 1.0,

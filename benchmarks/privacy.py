@@ -26,6 +26,7 @@ from benchmarks import links
 from benchmarks.links import BATCH_SIZE, ROUNDS, Row, callback, learned
 from benchmarks.runs import Settings, all_of, several, summary
 from elsa_pl.callbacks.drawing import DARK, FONT_PT, label_points, new_figure, save, style, title
+from elsa_pl.functional.pooling import TokenPooling
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,15 +42,15 @@ ROWS = {
     "1|4|1, SS-OP 64": Row((callback("SSOP", rank=64),)),
     "1|4|1, SS-OP 383": Row((callback("SSOP", rank=383),)),
     "1|4|1, int4, encrypted": Row((callback("LinkQuantization", bits=4), callback("LinkEncryption"))),
-    "1|4|1, groups of 4": Row((), 1, 4),
+    "1|4|1, groups of 4": Row((), 1, TokenPooling(4)),
     "2|3|1": Row((), 2),
     "3|2|1": Row((), 3),
     "4|1|1": Row((), 4),
-    "4|1|1, groups of 4": Row((), 4, 4),
-    "3|2|1, first, learned 4 + int4": Row(learned(4, 4, 8), 3, "first"),
-    "4|1|1, first": Row((), 4, "first"),
-    "4|1|1, first, learned 4 + int4": Row(learned(4, 4, 8), 4, "first"),
-    "4|1|1, first, learned 16 + int4": Row(learned(16, 4, 8), 4, "first"),
+    "4|1|1, groups of 4": Row((), 4, TokenPooling(4)),
+    "3|2|1, first, learned 4 + int4": Row(learned(4, 4, 8), 3, TokenPooling("first")),
+    "4|1|1, first": Row((), 4, TokenPooling("first")),
+    "4|1|1, first, learned 4 + int4": Row(learned(4, 4, 8), 4, TokenPooling("first")),
+    "4|1|1, first, learned 16 + int4": Row(learned(16, 4, 8), 4, TokenPooling("first")),
 }
 
 

@@ -183,10 +183,10 @@ class PrivacyAudit(Callback):
                     seen_parts[reader].append((read, batch))
             plain_parts.append((exposed.states, batch))
             pooled["uplink"].append(pool(seen_parts["edge"][-1][0], exposed.mask))
-            pooled["middle"].append(pool(exposed.outputs, exposed.mask))
-            pooled["gradients"].append(pool(exposed.gradients, exposed.mask))
+            pooled["middle"].append(pool(exposed.outputs, exposed.mask_down))
+            pooled["gradients"].append(pool(exposed.gradients, exposed.mask_down))
 
-        pooling = module.token_pooling
+        pooling = module.token_pooling.uplink
         public = Tokens.of_batches(public_parts, pooling)
         seen = {reader: Tokens.of_batches(parts, pooling) for reader, parts in seen_parts.items()}
         if torch.equal(seen["edge"].states, seen["link"].states):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
-from elsa_pl.functional.pooling import Pooling, places
+from elsa_pl.functional.pooling import TokenPooling, places
 
 BYTES_PER_NUMBER: Final = 4
 """Single precision."""
@@ -132,8 +132,8 @@ class Workload:
     downlink_bytes_per_token: float | None = None
     """The same from middle to tail."""
 
-    pooling: Pooling | None = None
-    """What becomes of the tokens behind the front."""
+    pooling: TokenPooling = TokenPooling()  # noqa: RUF009  # frozen
+    """What becomes of the tokens at the two cuts."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_tokens", "lora_rank"):
@@ -306,32 +306,33 @@ def step_costs(workload: Workload, plan: Sequence[int]) -> StepCosts:
         raise ValueError(
             f"expected three parts of at least 1 block, {shape.num_layers} in all; got {tuple(plan)}: correct the plan"
         )
-    num_groups = int(places(workload.num_tokens, workload.pooling)[0].max()) + 1
-    block, behind = (
-        block_costs(shape, length, workload.lora_rank, workload.adapters_per_block)
-        for length in (workload.num_tokens, num_groups)
-    )
-    tokens, groups = workload.batch_size * workload.num_tokens, workload.batch_size * num_groups
-    front_both, both = (costs.forward_flops + costs.backward_flops for costs in (block, behind))
+    num_entering = int(places(workload.num_tokens, workload.pooling.uplink)[0].max()) + 1
+    num_leaving = int(places(num_entering, workload.pooling.downlink)[0].max()) + 1
+    lengths = (workload.num_tokens, num_entering, num_leaving)
+    block, _, last = costs = [
+        block_costs(shape, length, workload.lora_rank, workload.adapters_per_block) for length in lengths
+    ]
+    tokens, entering, leaving = (workload.batch_size * length for length in lengths)
+    in_front, in_middle, in_tail = (part.forward_flops + part.backward_flops for part in costs)
     head_flops, head_frozen, head_trained, head_kept = _head(workload)
     hidden_bytes = shape.hidden_size * BYTES_PER_NUMBER
     uplink = hidden_bytes if workload.uplink_bytes_per_token is None else workload.uplink_bytes_per_token
     downlink = hidden_bytes if workload.downlink_bytes_per_token is None else workload.downlink_bytes_per_token
     embeddings = (shape.vocab_size + shape.num_positions) * hidden_bytes
     return StepCosts(
-        front_flops=tokens * (front * front_both - block.backward_flops + block.first_backward_flops),
-        middle_flops=groups * middle * both,
-        tail_flops=groups * tail * both + head_flops,
-        up_bytes=groups * (uplink + downlink + 1),  # a byte of the mask
-        down_bytes=groups * (uplink + downlink),
+        front_flops=tokens * (front * in_front - block.backward_flops + block.first_backward_flops),
+        middle_flops=entering * middle * in_middle,
+        tail_flops=leaving * tail * in_tail + head_flops,
+        up_bytes=entering * (uplink + 1) + leaving * downlink,  # a byte of the mask
+        down_bytes=entering * uplink + leaving * downlink,
         parameter_bytes=embeddings
         + (front + tail) * (block.parameter_bytes + block.trained_bytes)
         + head_frozen
         + head_trained,
         activation_bytes=tokens * ((front - 1) * block.activation_bytes + block.first_activation_bytes)
-        + groups * tail * behind.activation_bytes
+        + leaving * tail * last.activation_bytes
         + head_kept,
-        link_bytes=4.0 * groups * hidden_bytes,
+        link_bytes=2.0 * (entering + leaving) * hidden_bytes,
     )
 
 

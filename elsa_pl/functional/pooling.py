@@ -1,13 +1,14 @@
-"""Fewer tokens than a text has, from the first cut on: the state of the first one, or means of neighbours as well.
+"""Fewer tokens than a text has, from a cut on: the state of the first one, or means of neighbours as well.
 
 By a later block of an encoder the first token has read the whole text, and a classifier looks at nothing else. What is
-left out never leaves the client: that is many times less to send, and of a mean or a summary nobody reads the tokens
-off one by one.
+left out at the first cut never leaves the client: that is many times less to send, and of a mean or a summary nobody
+reads the tokens off one by one. At the second cut, most of the model has read every token already.
 
 Shapes: B batch, T tokens, G groups, D hidden.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -17,16 +18,34 @@ Pooling = Literal["first"] | int
 """``first``: the first token alone. A number n: the first token, and the means of n following ones each."""
 
 
-def check_pooling(pooling: Pooling | None) -> None:
-    """Raise ValueError unless it is ``first``, at least 1, or None for no pooling.
+@dataclass(frozen=True)
+class TokenPooling:
+    """What becomes of the tokens at the two cuts.
+
+    Raises:
+        ValueError: neither ``first``, nor at least 1, nor None.
 
     Example:
-        >>> check_pooling(0)
+        >>> TokenPooling(uplink=0)
         Traceback (most recent call last):
-        ValueError: expected token_pooling to be 'first', a number of tokens >= 1, or null; got 0
+        ValueError: expected token_pooling.uplink to be 'first', a number of tokens >= 1, or null; got 0
     """
-    if pooling is not None and pooling != "first" and (isinstance(pooling, str) or pooling < 1):
-        raise ValueError(f"expected token_pooling to be 'first', a number of tokens >= 1, or null; got {pooling!r}")
+
+    uplink: Pooling | None = None
+    """Behind the front; None leaves all tokens."""
+
+    downlink: Pooling | None = None
+    """Behind the middle, of what came there; None leaves all of that."""
+
+    def __post_init__(self) -> None:
+        for link, pooling in (("uplink", self.uplink), ("downlink", self.downlink)):
+            if pooling is not None and pooling != "first" and (isinstance(pooling, str) or pooling < 1):
+                raise ValueError(
+                    f"expected token_pooling.{link} to be 'first', a number of tokens >= 1, or null; got {pooling!r}"
+                )
+
+    def __bool__(self) -> bool:
+        return self.uplink is not None or self.downlink is not None
 
 
 def places(num_tokens: int, pooling: Pooling | None) -> tuple[Tensor, Tensor]:
@@ -89,7 +108,7 @@ def pool_states(states: Tensor, mask: Tensor, pooling: Pooling | None) -> Tensor
 
 
 def pool_batch(batch: Mapping[str, Tensor], pooling: Pooling | None) -> dict[str, Tensor]:
-    """What the parts behind the first cut see of a batch.
+    """What the parts behind a cut see of a batch.
 
     Args:
         batch: ``attention_mask`` [B, T]; of ``input_ids`` [B, T] those of the first tokens are kept, of which the last

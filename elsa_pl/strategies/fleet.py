@@ -212,6 +212,7 @@ class Fleet:
                     tail,
                     address,
                     device=self._places.client_device,
+                    pooling=module.token_pooling,
                     device_to_device=self._places.device_to_device,
                 )
         for edge, service in rounds.edges.items():

@@ -9,7 +9,7 @@ import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
 from elsa_pl.errors import RemoteError
-from elsa_pl.functional.pooling import pool_batch
+from elsa_pl.functional.pooling import TokenPooling, pool_batch
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.links import Traffic, crossing
 from elsa_pl.rpc.remote import PendingCall, call, start_call
@@ -34,18 +34,20 @@ class Exposed:
     """What one pass shows.
 
     Attributes:
-        mask: 1 for tokens, after pooling, and 0 for padding. [B, G]
+        mask: of the uplink, after pooling: 1 for tokens and 0 for padding. [B, G]
         states: of the front, before the link's stages. [B, G, D]
         sent: what the link carries of them.
         number: of the pass over the links.
-        outputs: of the middle. [B, G, D]
-        gradients: of the loss with respect to `outputs`, which the edge receives. [B, G, D]
+        mask_down: of the downlink. [B, H]
+        outputs: of the middle. [B, H, D]
+        gradients: of the loss with respect to `outputs`, which the edge receives. [B, H, D]
     """
 
     mask: Tensor
     states: Tensor
     sent: Tensor
     number: int
+    mask_down: Tensor
     outputs: Tensor
     gradients: Tensor
 
@@ -59,6 +61,7 @@ class Client:
         tail: its tail.
         edge: where its middle runs.
         device: where front and tail compute.
+        pooling: of tokens, at the two cuts.
         device_to_device: the edge takes CUDA tensors straight from this device.
     """
 
@@ -70,11 +73,12 @@ class Client:
         edge: EdgeAddress,
         *,
         device: torch.device,
+        pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
         device_to_device: bool = False,
     ) -> None:
         self.name, self.front, self.tail, self.edge = name, front, tail, edge
         self.traffic = Traffic()
-        self._device = device
+        self._pooling, self._device = pooling, device
         self._wire = device if device_to_device else torch.device("cpu")
 
     def backward(self, context_id: int, loss: Tensor) -> None:
@@ -114,7 +118,7 @@ class Client:
             slots: of the texts, if the uplink remembers any. [B]
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
-        behind = pool_batch(batch, self.front.pooling)
+        behind = pool_batch(batch, self._pooling.uplink)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
         number = derive_seed(*(("evaluation", *place) if key is None else key))
         with self.front.computing(key), crossing(number, mask, slots) as passing:
@@ -124,7 +128,7 @@ class Client:
         received = self.ask_edge("forward", sent, mask, key, number, passing.slots).wait()
         self.traffic.crossed("downlink", received)
         with self.tail.computing(key), crossing(number):
-            return self.tail(received.to(self._device), behind)
+            return self.tail(received.to(self._device), pool_batch(behind, self._pooling.downlink))
 
     def states(self, batch: Batch) -> Tensor:
         """What the front computes of a batch, [B, G, D], before the link's stages; on the CPU."""
@@ -142,17 +146,19 @@ class Client:
         with self.front.computing(None), crossing(number):
             states = self.front.states(batch)
             sent = self.front.encoded(states)
-        behind = pool_batch(batch, self.front.pooling)
+        behind = pool_batch(batch, self._pooling.uplink)
+        last = pool_batch(behind, self._pooling.downlink)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
         received = self.ask_edge("forward", sent.to(self._wire), mask, None, number, None).wait()
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()
-            (gradients,) = torch.autograd.grad(self.tail.part(behind, outputs).loss, outputs)
+            (gradients,) = torch.autograd.grad(self.tail.part(last, outputs).loss, outputs)
         return Exposed(
             mask=mask.cpu(),
             states=states.float().cpu(),
             sent=sent.cpu(),
             number=number,
+            mask_down=last["attention_mask"].bool().cpu(),
             outputs=outputs.detach().float().cpu(),
             gradients=gradients.float().cpu(),
         )

@@ -17,7 +17,7 @@ class FrontModule(Tier):
 
     Args:
         part, make_optimizer, precision, device, encode: see `Tier`.
-        pooling: what becomes of the tokens at the cut; see `elsa_pl.functional.pooling`.
+        pooling: what becomes of the tokens at the first cut; see `elsa_pl.functional.pooling`.
     """
 
     def __init__(
@@ -31,11 +31,11 @@ class FrontModule(Tier):
         pooling: Pooling | None = None,
     ) -> None:
         super().__init__(part, make_optimizer, precision, device, encode=encode)
-        self.pooling = pooling
+        self._pooling = pooling
 
     def states(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The hidden states at the first cut, before the link's stages: (B, G, D), G the tokens after pooling."""
-        return pool_states(self.part(batch), batch["attention_mask"], self.pooling)
+        return pool_states(self.part(batch), batch["attention_mask"], self._pooling)
 
     def slots(self, batches: Sequence[Mapping[str, Tensor]]) -> list[Tensor] | None:
         """Slots for the texts of a step's passes, see `elsa_pl.links.reuse`; None where the link remembers none."""

@@ -16,7 +16,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from elsa_pl.functional.microbatches import IGNORE_INDEX
-from elsa_pl.functional.pooling import Pooling, pool_batch, pool_states
+from elsa_pl.functional.pooling import TokenPooling, pool_batch, pool_states
 from elsa_pl.links import PREFIX, Codec, Link, on_states
 from elsa_pl.models import Task, copy_sharing
 from elsa_pl.partition import Part, SplitPlan, cut, find_blocks
@@ -36,7 +36,7 @@ class ProbeModel:
         task: decides what counts as a prediction.
         device: where it computes.
         precision: enters the precision of the run.
-        pooling: of tokens, where the model is cut.
+        pooling: of tokens, at the two cuts.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class ProbeModel:
         task: Task,
         device: torch.device,
         precision: PrecisionContext,
-        pooling: Pooling | None = None,
+        pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
     ) -> None:
         self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
         self._task, self._device, self._precision = task, device, precision
@@ -96,10 +96,10 @@ class ProbeModel:
         """
         front, middle, _ = self._parts_for(plan)
         uplink, downlink = codecs.get("uplink"), codecs.get("downlink")
-        behind = [pool_batch(self._moved(batch), self._pooling) for batch in batches]
+        behind = [pool_batch(self._moved(batch), self._pooling.uplink) for batch in batches]
         with torch.no_grad(), self._precision():
             self._load(adapters)
-            sent = [self._pooled(front, self._moved(batch)) for batch in batches]
+            sent = [self._entering(front, self._moved(batch)) for batch in batches]
             if uplink is not None:
                 uplink.fit(_rows(sent, behind))
                 for name, value in uplink.tensors().items():
@@ -107,8 +107,8 @@ class ProbeModel:
                         value.copy_(adapters[name])
                 sent = [uplink(states.float().cpu()).to(states) for states in sent]
             if downlink is not None:
-                outputs = [middle(batch, states) for batch, states in zip(behind, sent, strict=True)]
-                downlink.fit(_rows(outputs, behind), uplink)
+                outputs = [self._leaving(middle, batch, states) for batch, states in zip(behind, sent, strict=True)]
+                downlink.fit(_rows(outputs, [pool_batch(batch, self._pooling.downlink) for batch in behind]), uplink)
 
     def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
         """The parts, which share this model's weights."""
@@ -120,8 +120,17 @@ class ProbeModel:
     def _moved(self, batch: Batch) -> dict[str, Tensor]:
         return {name: value.to(self._device) for name, value in batch.items() if name not in ("labels", "rows")}
 
-    def _pooled(self, front: Part, batch: Batch) -> Tensor:
-        return pool_states(front(batch), batch["attention_mask"], self._pooling)
+    def _entering(self, front: Part, batch: Batch) -> Tensor:
+        """What goes on at the first cut."""
+        return pool_states(front(batch), batch["attention_mask"], self._pooling.uplink)
+
+    def _leaving(self, middle: Part, batch: Batch, states: Tensor) -> Tensor:
+        """What goes on at the second one."""
+        return pool_states(middle(batch, states), batch["attention_mask"], self._pooling.downlink)
+
+    def _last(self, batch: Batch) -> Batch:
+        """What the tail sees of a batch."""
+        return pool_batch(pool_batch(batch, self._pooling.uplink), self._pooling.downlink)
 
     def _load(self, adapters: Mapping[str, Tensor]) -> None:
         for name, value in adapters.items():
@@ -131,8 +140,8 @@ class ProbeModel:
     def _evaluate(self, batch: Batch, plan: SplitPlan) -> tuple[Tensor, Tensor]:
         inputs = self._moved(batch)
         with self._precision():
-            output, last = self._pass(inputs) if self._pooling is None else self._pass_through_parts(inputs, plan)
-        mask = pool_batch(inputs, self._pooling)["attention_mask"].unsqueeze(-1).float()
+            output, last = self._pass_through_parts(inputs, plan) if self._pooling else self._pass(inputs)
+        mask = self._last(inputs)["attention_mask"].unsqueeze(-1).float()
         states = (last.float() * mask).sum(1) / mask.sum(1)
         logits = output.logits.float()
         if self._task == "classification":
@@ -149,11 +158,11 @@ class ProbeModel:
 
     def _pass_through_parts(self, inputs: Batch, plan: SplitPlan) -> tuple[Any, Tensor]:
         front, middle, tail = self._parts_for(plan)
-        behind = pool_batch(inputs, self._pooling)
+        behind = pool_batch(inputs, self._pooling.uplink)
         found: list[Tensor] = []
         handle = on_states(find_blocks(tail.model)[1][-1], found.append)
         try:
-            output = tail(behind, middle(behind, self._pooled(front, inputs)))
+            output = tail(self._last(inputs), self._leaving(middle, behind, self._entering(front, inputs)))
         finally:
             handle.remove()
         return output, found[0]

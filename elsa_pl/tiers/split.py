@@ -20,7 +20,7 @@ from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
 from elsa_pl.functional.costs import Workload, shape_of
-from elsa_pl.functional.pooling import Pooling, check_pooling
+from elsa_pl.functional.pooling import TokenPooling
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.hooks import hooks
 from elsa_pl.links import PREFIX
@@ -55,9 +55,9 @@ class SplitModel(LinkedModel):
         task: what the head does.
         plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
-        token_pooling: ``first``: behind the front only the state of each text's first token goes on, so that nothing
-            else crosses the links. A number n: and the means of n following tokens each. None: all tokens. For
-            classification with encoders; fronts of half the blocks or more learn as well with it.
+        token_pooling: at each of the cuts ``first``: only the state of each text's first token goes on, so that nothing
+            else crosses the link; a number n: and the means of n following tokens each; None: all tokens. For
+            classification with encoders; on the uplink, fronts of half the blocks or more learn as well with it.
         lora: rank, alpha, dropout and target modules of the adapters.
         optimizer: builds each tier's optimizer.
         lr_schedule: factor on the learning rate over the whole run.
@@ -77,7 +77,7 @@ class SplitModel(LinkedModel):
         task: Task = "classification",
         plan: SplitPlan = SplitPlan(),  # noqa: B008  # frozen
         client_plans: dict[str, SplitPlan] | None = None,
-        token_pooling: Pooling | None = None,
+        token_pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # frozen
         optimizer: OptimizerFactory = adamw,
         lr_schedule: Literal["constant", "linear", "cosine"] = "constant",
@@ -96,12 +96,8 @@ class SplitModel(LinkedModel):
             raise ConfigurationError(f"gradient_clip_val must be above 0 or null; got {gradient_clip_val}")
         if not 0 <= warmup_fraction <= 1:
             raise ConfigurationError(f"warmup_fraction must be in [0, 1]; got {warmup_fraction}")
-        if token_pooling is not None and task != "classification":
+        if token_pooling and task != "classification":
             raise ConfigurationError(f"token_pooling is for classification; got task={task!r}: leave it out")
-        try:
-            check_pooling(token_pooling)
-        except ValueError as error:
-            raise ConfigurationError(str(error)) from error
         self.automatic_optimization = False
         self.model_name, self.model_config, self.task = model, model_config, task
         self.plan, self.client_plans = plan, client_plans or {}
@@ -154,7 +150,7 @@ class SplitModel(LinkedModel):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
-            if self.token_pooling is not None:
+            if self.token_pooling:
                 check_reads_ahead(self._base)
             self._checked.add(plan)
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
@@ -264,7 +260,7 @@ class SplitModel(LinkedModel):
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
         return (
-            FrontModule(replicate(front), *shared, encode=encode, pooling=self.token_pooling),
+            FrontModule(replicate(front), *shared, encode=encode, pooling=self.token_pooling.uplink),
             TailModule(replicate(tail), *shared, decode=decode),
         )
 
@@ -279,6 +275,7 @@ class SplitModel(LinkedModel):
             device,
             decode=codecs["uplink"].side("decoder") if "uplink" in codecs else None,
             encode=codecs["downlink"].side("encoder") if "downlink" in codecs else None,
+            pooling=self.token_pooling.downlink,
         )
 
     def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
@@ -388,7 +385,7 @@ class SplitModel(LinkedModel):
             "model.model_config": self.model_config,
             "model.task": self.task,
             "model.plan": asdict(self.resolved_plan),
-            "model.token_pooling": self.token_pooling,
+            "model.token_pooling": asdict(self.token_pooling),
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),

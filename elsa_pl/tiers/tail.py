@@ -15,8 +15,8 @@ class TailModule(Tier):
         """Return the model's own output.
 
         Args:
-            received: (B, T, D), or what a codec made of it, from the middle.
-            batch: ``input_ids`` and ``attention_mask`` (B, T); ``labels`` (B,) or (B, T).
+            received: (B, G, D), or what a codec made of it, from the middle.
+            batch: ``input_ids`` and ``attention_mask`` (B, G), after pooling; ``labels`` (B,) or (B, T).
 
         Returns:
             With ``logits``, and ``loss`` if there are labels.

@@ -18,10 +18,12 @@ from elsa_pl.functional.costs import (
     shape_of,
     step_costs,
 )
+from elsa_pl.functional.pooling import TokenPooling
 from elsa_pl.lora import LoraSettings, add_lora
 from elsa_pl.models import Task, find_blocks, load_model, uncut
 from elsa_pl.partition import Part, SplitPlan, cut, replicate
 
+FIRST = TokenPooling(downlink="first")
 BATCH_SIZE, NUM_TOKENS, RANK = 4, 12, 4
 WIDTHS = {"num_hidden_layers": 4, "hidden_size": 64, "num_attention_heads": 4, "vocab_size": 300}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -221,8 +223,9 @@ def test_workloads_without_work(name: str) -> None:
 
 @pytest.mark.parametrize(("pooling", "left"), [("first", 1), (5, 8), (None, 40)])
 def test_pooled_tokens_cost_nothing_behind_the_front(pooling: Any, left: int) -> None:
-    work: dict[str, Any] = {"shape": MINILM, "batch_size": 8}
-    pooled = step_costs(Workload(num_tokens=36 if pooling == 5 else 40, pooling=pooling, **work), (1, 4, 1))
+    work: dict[str, Any] = {"shape": MINILM, "batch_size": 8, "pooling": TokenPooling(pooling)}
+    pooled = step_costs(Workload(num_tokens=36 if pooling == 5 else 40, **work), (1, 4, 1))
+    del work["pooling"]
     whole, few = (step_costs(Workload(num_tokens=number, **work), (1, 4, 1)) for number in (40, left))
     assert pooled.middle_flops == few.middle_flops
     assert pooled.up_bytes == few.up_bytes
@@ -230,3 +233,13 @@ def test_pooled_tokens_cost_nothing_behind_the_front(pooling: Any, left: int) ->
     if pooling != 5:
         assert pooled.front_flops == whole.front_flops
     assert pooled.activation_bytes <= whole.activation_bytes
+
+
+def test_tokens_that_are_pooled_late_cost_the_tail_and_the_downlink_nothing() -> None:
+    work: dict[str, Any] = {"shape": MINILM, "batch_size": 8, "num_tokens": 40}
+    whole, pooled = (step_costs(Workload(pooling=kind, **work), (1, 4, 1)) for kind in (TokenPooling(), FIRST))
+    few = step_costs(Workload(**{**work, "num_tokens": 1}), (1, 4, 1))
+    assert (pooled.front_flops, pooled.middle_flops) == (whole.front_flops, whole.middle_flops)
+    assert pooled.tail_flops == few.tail_flops
+    assert pooled.up_bytes == (whole.up_bytes - 320 + few.up_bytes - 8) / 2 + 320, "the mask is that of the uplink"
+    assert pooled.link_bytes == (whole.link_bytes + few.link_bytes) / 2

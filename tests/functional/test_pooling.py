@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from elsa_pl.functional.pooling import Pooling, check_pooling, places, pool_batch, pool_states
+from elsa_pl.functional.pooling import Pooling, TokenPooling, places, pool_batch, pool_states
 
 POOLINGS: list[Pooling] = ["first", 1, 2, 3, 50]
 
@@ -56,6 +56,11 @@ def test_groups_of_one_change_nothing_but_padding() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, -1, "last"])
-def test_what_is_no_pooling(wrong: Pooling) -> None:
-    with pytest.raises(ValueError, match="'first', a number of tokens >= 1, or null"):
-        check_pooling(wrong)
+@pytest.mark.parametrize("link", ["uplink", "downlink"])
+def test_what_is_no_pooling(wrong: Pooling, link: str) -> None:
+    with pytest.raises(ValueError, match=f"token_pooling.{link} to be 'first', a number of tokens >= 1, or null"):
+        TokenPooling(**{link: wrong})
+
+
+def test_it_is_true_where_something_is_pooled() -> None:
+    assert [bool(TokenPooling(*kinds)) for kinds in ((), ("first",), (None, 3))] == [False, True, True]
