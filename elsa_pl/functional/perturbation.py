@@ -67,28 +67,32 @@ def semantic_subspace(states: Tensor, rank: int) -> Tensor:
     return principal_directions(torch.cat([states, -states]), rank)
 
 
-def draw_rotation(rank: int, secret: int | str, step: int = 0) -> Tensor:
+def draw_rotation(rank: int, secret: int | str, step: int = 0, *, dtype: torch.dtype = torch.float64) -> Tensor:
     r"""Draw a client's orthogonal matrix W for one step, uniformly among all of that size.
 
     .. math::
-        G = Q R, \quad G_{ij} \sim N(0, 1), \qquad W = Q \operatorname{diag}(\operatorname{sign}(R_{ii}))
+        W = H_1 \cdots H_r \operatorname{diag}(-\operatorname{sign} g_{kk}), \qquad
+        H_k = I - 2 \frac{v_k v_k^T}{\lVert v_k \rVert^2}, \quad
+        v_k = g_k + \operatorname{sign}(g_{kk}) \lVert g_k \rVert e_k, \quad g_{ik} \sim N(0, 1) \text{ for } i \ge k
 
-    Without the signs W would not be uniform (Haar). A "rotation" here may also mirror; of rank 1 it is 1 or -1.
+    That is what the QR decomposition of a Gaussian matrix comes to, without the matrix that it would take apart. Without
+    the signs W would not be uniform (Haar). A "rotation" here may also mirror; of rank 1 it is 1 or -1.
 
     Args:
         rank: r, at least 1.
         secret: shared by those who may restore, and by nobody else. W is as hard to guess as this is, up to 126 bits:
             take ``secrets.token_hex(16)``, not a seed that stands in a configuration.
         step: another step, another rotation. Who learns that of one step knows nothing about those of others.
+        dtype: in which it is computed.
 
     Returns:
-        Orthogonal, in float64, on the CPU. [r, r]
+        Orthogonal, on the CPU. [r, r]
 
     Raises:
         ValueError: a rank below 1.
 
     Source:
-        Mezzadri 2007, arXiv math-ph/0609050; ELSA, arXiv 2601.13824, draws one rotation for each client and keeps it.
+        Stewart 1980, doi 10.1137/0717034; Mezzadri 2007, arXiv math-ph/0609050. ELSA, arXiv 2601.13824, draws one rotation for each client and keeps it.
 
     Example:
         >>> rotation = draw_rotation(3, "secret")
@@ -101,10 +105,11 @@ def draw_rotation(rank: int, secret: int | str, step: int = 0) -> Tensor:
         raise ValueError(f"expected rank >= 1; got {rank}")
     # Not from a torch.Generator: on the CPU it keeps 32 bits of its seed, few enough to try them all.
     entropy = [derive_seed(secret, part, step) for part in ("rotation", "rotation, continued")]
-    draws = torch.from_numpy(np.random.default_rng(entropy).standard_normal((rank, rank)))
-    orthogonal, upper = torch.linalg.qr(draws)
-    signs = torch.where(upper.diagonal() < 0, -1.0, 1.0).double()
-    rotation: Tensor = orthogonal * signs
+    draws = torch.from_numpy(np.random.default_rng(entropy).standard_normal((rank, rank))).to(dtype).tril()
+    first, norms = draws.diagonal(), draws.norm(dim=0)
+    signs = torch.where(first < 0, -1.0, 1.0).to(dtype)
+    heads = first + signs * norms  # v_kk; vectors are divided by it, as LAPACK has them
+    rotation: Tensor = torch.linalg.householder_product(draws / heads, 1 + first.abs() / norms) * -signs
     return rotation
 
 
@@ -304,13 +309,13 @@ def complement_moments(mean: Tensor, covariance: Tensor, subspace: Tensor) -> tu
 
 
 def _rotate(states: Tensor, subspace: Tensor, rotation: Tensor) -> Tensor:
-    """Two thin products: what lies outside of the subspace is not touched by rounding."""
+    """A sum with what changes, through the subspace: what lies outside of it is not touched by rounding."""
     require_width(states, subspace.shape[0])
     dtype = torch.promote_types(states.dtype, subspace.dtype)
     basis = subspace.to(states.device, dtype)
     change = (rotation - torch.eye(len(rotation), dtype=rotation.dtype, device=rotation.device)).to(basis)
     wide = states.to(dtype)
-    return (wide + wide @ basis @ change @ basis.T).to(states.dtype)
+    return (wide + wide @ (basis @ change) @ basis.T).to(states.dtype)
 
 
 def _outside(states: Tensor, subspace: Tensor) -> Tensor:

@@ -135,7 +135,7 @@ class _Key:
         return self._kept
 
     def _draw(self, number: int) -> Tensor:
-        return draw_rotation(self.rank, f"{self._secret}/{self._link}", number).float()
+        return draw_rotation(self.rank, f"{self._secret}/{self._link}", number, dtype=torch.float32)
 
 
 class _Subspace(nn.Module):

@@ -84,10 +84,12 @@ def test_rotations_are_orthogonal(rank: int) -> None:
     rotation = draw_rotation(rank, 7)
     assert rotation.dtype == torch.float64
     torch.testing.assert_close(rotation @ rotation.T, torch.eye(rank).double())
+    narrow = draw_rotation(rank, 7, dtype=torch.float32)
+    torch.testing.assert_close(narrow, rotation.float(), atol=1e-6, rtol=0)
 
 
 def test_rotations_are_uniform() -> None:
-    """Mean 0 and variance 1/r of each entry; without the signs of QR the diagonal would lean to one side."""
+    """Mean 0 and variance 1/r of each entry; without the signs the diagonal would lean to one side."""
     rotations = torch.stack([draw_rotation(3, "secret", step) for step in range(3000)])
     assert rotations.mean(0).abs().max() < 5 / (3 * 3000) ** 0.5
     assert (rotations.square().mean(0) - 1 / 3).abs().max() < 0.03
