@@ -137,7 +137,7 @@ def _compare(seen: Tokens, public: Tokens, subspace: Tensor | None, plain: Tenso
 
 def _commonest(seen: Tokens, public: Tokens, special: Sequence[int]) -> Tensor:
     """The commonest token of public texts at each token's position; of any position, where no text is so long."""
-    counted = ~torch.isin(public.ids, torch.tensor(list(special)))
+    counted = ~torch.isin(public.ids, torch.tensor(list(special), dtype=torch.long))
     ids, positions = public.ids[counted], public.positions[counted]
     guesses = torch.full_like(seen.ids, int(ids.mode().values))
     for position in positions.unique():

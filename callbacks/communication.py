@@ -37,6 +37,12 @@ class CommunicationMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._rows = state_dict["rows"]
 
+    def num_bytes(self, pl_module: "pl.LightningModule") -> int | None:
+        """Payload so far, in a project without `elsa_pl`'s strategy; None where no stage stands anywhere."""
+        codecs = _codecs(pl_module)
+        pending = sum(codec.traffic.payload_bytes for codec in codecs)
+        return sum(row[_COLUMNS.index("payload_bytes")] for row in self._rows) + pending if codecs else None
+
     def on_traffic(self, trainer: "pl.Trainer", phase: str, traffic: Mapping[str, Counts]) -> None:
         """Note what crossed since the last time; the strategy calls it in every process with the same."""
         if trainer.state.fn == "fit":
@@ -58,8 +64,7 @@ class CommunicationMonitor(Callback):
     def _take(self, trainer: "pl.Trainer", module: "pl.LightningModule", phase: str) -> None:
         if is_federated(trainer):
             return
-        codecs = [found for found in module.modules() if isinstance(found, Codec)]
-        traffic: dict[str, Counts] = {codec.name: codec.traffic.take() for codec in codecs}
+        traffic: dict[str, Counts] = {codec.name: codec.traffic.take() for codec in _codecs(module)}
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._note(trainer, phase, traffic, on_wire=False)
 
@@ -80,3 +85,7 @@ class CommunicationMonitor(Callback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(self._rows, columns=_COLUMNS).to_csv(folder / "traffic.csv", index=False)
+
+
+def _codecs(module: "pl.LightningModule") -> list[Codec]:
+    return [found for found in module.modules() if isinstance(found, Codec)]

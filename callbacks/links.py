@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from elsa_pl.callbacks.probing import is_federated
+from elsa_pl.callbacks.probing import evaluating, is_federated, probe, submodule
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
@@ -45,7 +45,7 @@ class LinkCallback(Callback):
     def __init__(self, stage: Stage, links: Sequence[Link], at: str | None, probes: Iterable[Any] | None) -> None:
         if not links or set(links) - set(LINKS):
             raise ConfigurationError(f"links must be some of {', '.join(LINKS)}; got {list(links)}")
-        self.stage, self._links, self._at, self._probes = stage, tuple(links), at, probes
+        self.stage, self._links, self.at, self._probes = stage, tuple(links), at, probes
         self._hooks: list[Any] = []
 
     def link_stage(self, link: Link) -> Stage | None:
@@ -57,29 +57,29 @@ class LinkCallback(Callback):
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         name = type(self).__name__
         if is_federated(trainer):
-            if self._at is not None:
-                raise ConfigurationError(f"{name}: at={self._at!r} has no use here, beside links: leave it out")
+            if self.at is not None:
+                raise ConfigurationError(f"{name}: at={self.at!r} has no use here, beside links: leave it out")
             return
-        if self._at is None:
+        if self.at is None:
             raise ConfigurationError(f"{name} needs at, the name of a submodule, without elsa_pl's strategy")
-        stack = [other for other in _link_callbacks(trainer) if other._at == self._at]
+        stack = [other for other in _link_callbacks(trainer) if other.at == self.at]
         if stack[0] is self and not self._hooks:
             self._attach(pl_module, stack, f"rank-{trainer.global_rank}")
 
     def _attach(self, module: "pl.LightningModule", stack: "list[LinkCallback]", client: str) -> None:
         """Put the codec of all callbacks at this place into the module, where optimizers and checkpoints find it."""
-        assert self._at is not None
-        place = module.get_submodule(self._at)
-        registered = "link_" + self._at.replace(".", "_")
+        assert self.at is not None
+        place = submodule(module, self.at, type(self).__name__)
+        registered = "link_" + self.at.replace(".", "_")
         if not hasattr(module, registered):
             states = self._probed(module, place, stack)
-            made = Codec(self._at, "uplink", [other.stage for other in stack], states.shape[-1], client)
+            made = Codec(self.at, "uplink", [other.stage for other in stack], states.shape[-1], client)
             made.fit(states)
             module.add_module(registered, made.to(states.device))
         codec = cast(Codec, module.get_submodule(registered))
         if codec.describe() != (asked := [other.stage.describe() for other in stack]):
             raise ConfigurationError(
-                f"{self._at} has a codec already, {'; '.join(codec.describe())}, from an earlier fit; got"
+                f"{self.at} has a codec already, {'; '.join(codec.describe())}, from an earlier fit; got"
                 f" {'; '.join(asked)}: take a new module, or the same callbacks"
             )
         self._replace_output(place, codec)
@@ -98,7 +98,7 @@ class LinkCallback(Callback):
         if probes is None or not hasattr(module, "probe_step"):
             missing = "probes" if probes is None else "a method probe_step(batch) of the LightningModule"
             raise ConfigurationError(
-                f"{type(self).__name__} at {self._at} needs {missing}, to know what states are like there: give it"
+                f"{type(self).__name__} at {self.at} needs {missing}, to know what states are like there: give it"
                 " batches of public inputs, and the LightningModule a probe_step that runs the model on one"
             )
         found: list[Tensor] = []
@@ -109,17 +109,15 @@ class LinkCallback(Callback):
                 states = states[mask.bool()]
             found.append(states.flatten(0, -2).detach().float())
 
-        handle, training = on_states(place, note), module.training
-        module.eval()
+        handle = on_states(place, note)
         try:
-            with torch.no_grad():
+            with evaluating(module):
                 for batch in probes:
-                    cast(Any, module).probe_step(module.transfer_batch_to_device(batch, module.device, 0))
+                    probe(module, batch)
         finally:
             handle.remove()
-            module.train(training)
         if not found:
-            raise ConfigurationError(f"{type(self).__name__}: the probes never reach {self._at}: is it used at all?")
+            raise ConfigurationError(f"{type(self).__name__}: the probes never reach {self.at}: is it used at all?")
         return torch.cat(found)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -287,7 +285,8 @@ class SSOP(SecretCallback):
             trusted and the link is not; it costs none.
         complement: what becomes of the part outside of the subspace: ``keep``, ``sketch`` or ``drop``.
         ratio: with ``complement="sketch"``, numbers of that part over numbers sent.
-        rekey: another rotation for every pass; None: where the edge undoes it.
+        rekey: another rotation for every pass, but in any other project all passes are alike; None: where the edge
+            undoes it.
         secret_file: a text that only those have who may turn back; between sites there must be one, made for example by
             ``python -c "import secrets; print(secrets.token_hex(16))"``. With ``undo="tail"`` each client has a file of
             its own. With ``undo="edge"`` all have the same: it keeps outsiders out, and not clients from each other.
@@ -344,7 +343,7 @@ class SSOP(SecretCallback):
         registered = "link_" + self._decode_at.replace(".", "_")
         if not hasattr(module, registered):
             module.add_module(registered, back.to(module.device))
-        self._replace_output(module.get_submodule(self._decode_at), cast(Codec, module.get_submodule(registered)))
+        self._replace_output(submodule(module, self._decode_at, "SSOP"), cast(Codec, module.get_submodule(registered)))
 
 
 class LinkEncryption(SecretCallback):
@@ -383,6 +382,7 @@ class LinkNoise(LinkCallback):
 
     Args:
         scale: standard deviations of the noise, in units of those of public texts' states, coordinate by coordinate.
+            In any other project all passes have the same noise.
         links, at, probes: see `LinkCallback`.
 
     Raises:

@@ -6,9 +6,10 @@ same.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Sequence
+from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import lightning.pytorch as pl
 import pandas as pd
@@ -17,20 +18,22 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from elsa_pl.callbacks.attackers import Tokens, candidates, guess_tokens
+from elsa_pl.callbacks.communication import CommunicationMonitor
 from elsa_pl.callbacks.drawing import new_figure, save, style, title
-from elsa_pl.callbacks.probing import is_federated, log_agreed
+from elsa_pl.callbacks.exposure import Exposure, check_place, expose_client, expose_module
+from elsa_pl.callbacks.probing import agree, companion, is_federated, log_agreed, submodule
 from elsa_pl.errors import ConfigurationError, RemoteError
-from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
+from elsa_pl.functional.label_attacks import label_clusters, matched_share
 from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
 from elsa_pl.functional.search import search_attack
-from elsa_pl.links import NOBODY, crossing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 log = logging.getLogger(__name__)
 
-_LARGEST = 1e4  # no state is so large
+_Found = tuple[dict[tuple[str, str], float], float, float]
+"""Shares by reader and attack, the floor and the cap."""
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
 
 
@@ -56,6 +59,12 @@ class PrivacyAudit(Callback):
     The attackers' public texts are the probes. Held-out texts are validation texts, some of which the attacker knows
     (for Procrustes); those are not scored.
 
+    In any other Lightning project it attacks what the link callbacks at the submodule ``at`` send of its output, or the
+    output itself if there are none, after each epoch. Texts are then those of ``public`` and ``private``, and the
+    LightningModule needs a ``probe_step`` that runs the model on such a batch. Accuracy is the metric ``val_accuracy``
+    and bytes are those of `CommunicationMonitor`, where the project has them. With several ranks the first one's model
+    is attacked. Labels are not attacked there.
+
     Args:
         public_file: texts that the attackers know, in the form of ``data.probe_file``; the more and the more alike to
             the private ones, the better they are. None: the probes.
@@ -65,10 +74,14 @@ class PrivacyAudit(Callback):
             each place (`elsa_pl.functional.search`), which takes minutes; 0: it does not.
         every_n_rounds: rounds between audits.
         pictures: draw into the run's folder.
+        at: name of the submodule whose output [B, T, D] is sent; this and what follows are for other projects only.
+        public: batches of texts that the attackers know, with ``input_ids`` and ``attention_mask`` [B, T].
+        private: batches of held-out texts, likewise.
+        special_ids: tokens that do not count, such as a tokenizer's ``all_special_ids``.
 
     Raises:
-        ConfigurationError: numbers out of range; from the start of a run, no `elsa_pl` strategy, probes or validation
-            texts.
+        ConfigurationError: numbers out of range; from the start of a run, no probes or validation texts, or in other
+            projects no place or batches that can be audited.
 
     Source:
         `elsa_pl.functional.attacks`, `rotation_attacks`, `inverter` and `label_attacks` have the formulas.
@@ -83,6 +96,10 @@ class PrivacyAudit(Callback):
         num_candidates: int = 0,
         every_n_rounds: int = 1,
         pictures: bool = True,
+        at: str | None = None,
+        public: Iterable[Any] | None = None,
+        private: Iterable[Any] | None = None,
+        special_ids: Sequence[int] = (),
     ) -> None:
         if not 0 < 2 * num_known <= num_texts or every_n_rounds < 1 or num_candidates < 0:
             raise ConfigurationError(
@@ -91,6 +108,8 @@ class PrivacyAudit(Callback):
             )
         self._num_texts, self._num_known, self._public_file = num_texts, num_known, public_file
         self._num_candidates, self._every, self._pictures = num_candidates, every_n_rounds, pictures
+        self._at, self._public, self._private, self._special_ids = at, public, private, tuple(special_ids)
+        self._audited = -1  # the last round
         self._rows: list[list[Any]] = []
         self._last: dict[str, float] = {}
 
@@ -101,44 +120,58 @@ class PrivacyAudit(Callback):
         self._rows = state_dict["rows"]
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
-        if not is_federated(trainer):
-            raise ConfigurationError("PrivacyAudit attacks the links of elsa_pl: it needs HierarchicalStrategy")
-        if pl_module.task != "classification":
+        self._audited = -1
+        federated = is_federated(trainer)
+        elsewhere = {"at": self._at, "public": self._public, "private": self._private, "special_ids": self._special_ids}
+        here = {"public_file": self._public_file, "num_candidates": self._num_candidates}
+        useless = elsewhere if federated else here
+        given = [name for name, value in useless.items() if value is not None and value not in ((), 0)]
+        if given:
+            where = "beside links and data module" if federated else "without elsa_pl's strategy"
+            raise ConfigurationError(
+                f"PrivacyAudit: expected none of {', '.join(useless)} here, {where}, where they have no use; got"
+                f" {' and '.join(given)}: leave it out"
+            )
+        if not federated:
+            submodule(pl_module, self._place()[0], "PrivacyAudit")
+            if not hasattr(pl_module, "probe_step"):
+                raise ConfigurationError(
+                    f"PrivacyAudit needs a method probe_step(batch) of the LightningModule; {type(pl_module).__name__}"
+                    " has none: give it one that runs the model on a batch"
+                )
+        elif pl_module.task != "classification":
             raise ConfigurationError(f"PrivacyAudit works on classification; got task={pl_module.task!r}: leave it out")
-        if self._public_file is not None and not Path(self._public_file).is_file():
+        elif self._public_file is not None and not Path(self._public_file).is_file():
             raise ConfigurationError(f"PrivacyAudit: expected texts in public_file; got no file {self._public_file}")
 
     def check_probes(self, num_probes: int, num_classes: int) -> None:
         """Probes are asked for before anything starts; any number will do."""
 
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not is_federated(trainer):
+            check_place(pl_module, *self._place())
+
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Before the checkpoint is written, which holds the rows."""
-        if trainer.state.fn != "fit":
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        if trainer.sanity_checking or (trainer.current_epoch + 1) % self._every:
+        # other projects may validate several times in an epoch
+        if is_federated(trainer) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._audit(trainer, pl_module)
+
+    def _audit(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+        """Add the rows of a round, once."""
+        if self._audited == trainer.current_epoch or (trainer.current_epoch + 1) % self._every:
             return
-        strategy: Any = trainer.strategy
-        left = [name for name in strategy.rounds.topology.clients if name not in strategy.lost_clients]
-        client = left[0] if left else ""
-        mine = None
-        if client in strategy.rounds.clients:
-            try:
-                with torch.inference_mode(False):
-                    mine = self._audit(trainer, pl_module, client)
-            except RemoteError as error:
-                if error.kind:
-                    raise
-                log.warning("no audit in this round: %s", error)
-        found = [answer for answer in strategy.world.exchange(mine).values() if answer is not None]
-        if not found:  # the client's host is gone
+        self._audited = trainer.current_epoch
+        found = self._federated(trainer, module) if is_federated(trainer) else self._alone(trainer, module)
+        if found is None:
             return
-        shares, floor, most = found[0]
-        module: Any = pl_module
-        accuracy = float(trainer.callback_metrics["val_accuracy"])
-        total = sum(module.num_bytes.values())
+        shares, floor, most = found
+        accuracy = float(trainer.callback_metrics.get("val_accuracy", nan))
         for (reader, what), share in shares.items():
             bounds = [floor, most] if reader != "labels" else [None, None]
-            self._rows.append([trainer.current_epoch, reader, what, share, *bounds, accuracy, total])
+            self._rows.append([trainer.current_epoch, reader, what, share, *bounds, accuracy, _bytes(trainer, module)])
         readers = {reader for reader, _ in shares}
         self._last = {
             f"privacy/{reader}": max(share for (other, _), share in shares.items() if other == reader)
@@ -146,6 +179,8 @@ class PrivacyAudit(Callback):
         }
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        if not is_federated(trainer):
+            self._audit(trainer, pl_module)  # no validation in this epoch
         if self._last:
             log_agreed(trainer, self._last)
         self._last = {}
@@ -157,58 +192,70 @@ class PrivacyAudit(Callback):
             if self._pictures:
                 save(draw_privacy(table), folder / "privacy.png")
 
-    def _audit(
-        self, trainer: "pl.Trainer", module: Any, name: str
-    ) -> tuple[dict[tuple[str, str], float], float, float]:
-        """Shares by reader and attack, the floor and the cap."""
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
+    def _federated(self, trainer: "pl.Trainer", module: Any) -> "_Found | None":
+        """Of a client that is left, in all processes; None if its host is gone."""
         strategy: Any = trainer.strategy
-        client, plan = strategy.rounds.clients[name], strategy.placement.plans[name]
-        special = data.special_ids
-        batches = _some(data.eval_batches("validation"), self._num_texts)
-        own, nobody = (module.known_codecs(plan, who).get("uplink") for who in (name, NOBODY))
+        left = [name for name in strategy.rounds.topology.clients if name not in strategy.lost_clients]
+        client = left[0] if left else ""
+        mine = None
+        if client in strategy.rounds.clients:
+            try:
+                with torch.inference_mode(False):
+                    exposure = expose_client(trainer, module, client, self._public_file, self._num_texts)
+                    mine = self._attack(exposure, int(module.num_labels))
+            except RemoteError as error:
+                if error.kind:
+                    raise
+                log.warning("no audit in this round: %s", error)
+        return next((answer for answer in strategy.world.exchange(mine).values() if answer is not None), None)
 
-        public_parts, plain_parts, seen_parts = [], [], {"edge": [], "link": []}  # type: ignore[var-annotated]
-        for batch in data.probe_batches() if self._public_file is None else data.text_batches(self._public_file):
-            states = client.states(batch)
-            with torch.no_grad():
-                public_parts.append((states if nobody is None else nobody(states), batch))
-        pooled: dict[str, list[Tensor]] = {"uplink": [], "middle": [], "gradients": []}
-        for number, batch in enumerate(batches):
-            exposed = client.expose(batch, (trainer.current_epoch, number))
-            with torch.no_grad(), crossing(exposed.number):
-                for reader, codec in (("edge", own), ("link", nobody)):
-                    read = exposed.sent if codec is None else codec.side("decoder")(exposed.sent)
-                    read = read.nan_to_num(0, 0, 0).clamp(-_LARGEST, _LARGEST)  # whoever has no key reads anything
-                    seen_parts[reader].append((read, batch))
-            plain_parts.append((exposed.states, batch))
-            pooled["uplink"].append(pool(seen_parts["edge"][-1][0], exposed.mask))
-            pooled["middle"].append(pool(exposed.outputs, exposed.mask_down))
-            pooled["gradients"].append(pool(exposed.gradients, exposed.mask_down))
+    def _alone(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> "_Found | None":
+        """Of the first rank's module, in all processes."""
+        at, public, private = self._place()
+        mine = None
+        if trainer.is_global_zero:
+            with torch.inference_mode(False):
+                exposure = expose_module(trainer, module, at, public, private, self._num_texts, self._special_ids)
+                mine = self._attack(exposure, 0)
+        return agree(trainer, mine)
 
-        pooling = module.token_pooling.uplink
-        public = Tokens.of_batches(public_parts, pooling)
-        seen = {reader: Tokens.of_batches(parts, pooling) for reader, parts in seen_parts.items()}
+    def _place(self) -> tuple[str, Iterable[Any], Iterable[Any]]:
+        """``at``, ``public`` and ``private``.
+
+        Raises:
+            ConfigurationError: one is missing.
+        """
+        given = {"at": self._at, "public": self._public, "private": self._private}
+        missing = [name for name, value in given.items() if value is None]
+        if missing:
+            raise ConfigurationError(
+                "PrivacyAudit without elsa_pl's strategy: expected at (the name of a submodule), public and private"
+                f" (batches); got no {' and no '.join(missing)}: give it, or use HierarchicalStrategy"
+            )
+        return cast(tuple[str, Iterable[Any], Iterable[Any]], tuple(given.values()))
+
+    def _attack(self, exposure: Exposure, num_classes: int) -> "_Found":
+        """Try all attackers; those of labels, if there are as many texts as classes."""
+        special, pooling = exposure.special, exposure.pooling
+        public = Tokens.of_batches(exposure.public, pooling)
+        seen = {reader: Tokens.of_batches(parts, pooling) for reader, parts in exposure.seen.items()}
         if torch.equal(seen["edge"].states, seen["link"].states):
-            seen = {"edge": seen["edge"]}
-        subspace = None if nobody is None else nobody.subspace
-        plain = Tokens.of_batches(plain_parts, pooling).states  # as anyone computes those of known texts
+            del seen["link"]
+        plain = Tokens.of_batches(exposure.plain, pooling).states  # as anyone computes those of known texts
         shares: dict[tuple[str, str], float] = {}
         for reader, tokens in seen.items():
             known = self._known(tokens)
-            guesses = guess_tokens(tokens, public, known, plain, subspace, special)
+            guesses = guess_tokens(tokens, public, known, plain, exposure.subspace, special)
             if reader == "edge" and pooling is not None and self._num_candidates:
                 rows = candidates(tokens, public, guesses, self._num_candidates)
-                guesses["search"] = _search(client, nobody, seen_parts[reader], rows)
+                guesses["search"] = _search(exposure, rows)
             scored = ~known
             _, table = best_of_all(
                 {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
             )
             shares |= {(reader, attack): share for attack, share in table.items()}
-        labels = torch.cat([batch["labels"] for batch in batches])
-        num_classes = int(module.num_labels)
-        if len(labels) >= num_classes:
-            for what, parts in pooled.items():
+        if exposure.labels and len(labels := torch.cat(exposure.labels)) >= num_classes:
+            for what, parts in exposure.pooled.items():
                 by: Any = "direction" if what == "gradients" else "distance"
                 groups = label_clusters(torch.cat(parts), num_classes, by=by)
                 shares["labels", what] = matched_share(groups, labels)
@@ -221,7 +268,7 @@ class PrivacyAudit(Callback):
 
 
 def draw_privacy(table: pd.DataFrame) -> "Figure":
-    """Draw accuracy against what the best attacker recovers, a dot for each round and reader.
+    """Draw accuracy against what the best attacker recovers, a dot for each round and reader; without it, the round.
 
     Args:
         table: that of ``privacy.csv``.
@@ -229,25 +276,29 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     Raises:
         ValueError: no rows.
     """
+    from matplotlib.ticker import MaxNLocator
+
     if table.empty:
         raise ValueError("expected rows of an audit; got none: audit at least one round")
     tokens = table[table["reader"] != "labels"]
     best = tokens.groupby(["round", "reader"]).agg(
         share=("share", "max"), accuracy=("accuracy", "first"), bytes=("bytes", "first")
     )
+    measured = best["accuracy"].notna().any()
+    best["height"] = 100 * best["accuracy"] if measured else best.index.get_level_values("round") + 1
     figure = new_figure(6.4, 4.8)
     axes = figure.subplots()
     style(axes)
     for (reader, marker), colour in zip((("edge", "o"), ("link", "s")), ("#0072B2", "#D55E00"), strict=True):
         if reader not in best.index.get_level_values("reader"):
             continue
-        points = best.xs(reader, level="reader")
-        axes.plot(100 * points["share"], 100 * points["accuracy"], color=colour, linewidth=0.8, alpha=0.5)
-        axes.scatter(100 * points["share"], 100 * points["accuracy"], marker=marker, color=colour, label=reader)
+        points = best.xs(reader, level="reader").dropna(subset="height")
+        axes.plot(100 * points["share"], points["height"], color=colour, linewidth=0.8, alpha=0.5)
+        axes.scatter(100 * points["share"], points["height"], marker=marker, color=colour, label=reader)
         for number, up in ((points.index[0], 8), (points.index[-1], -14)):
             at = points.loc[number]
-            text = f"round {number + 1}, {at['bytes'] / 1e6:.1f} MB"
-            place = (100 * at["share"], 100 * at["accuracy"])
+            text = f"round {number + 1}" + ("" if pd.isna(at["bytes"]) else f", {at['bytes'] / 1e6:.1f} MB")
+            place = (100 * at["share"], at["height"])
             # to opposite sides, as edge and link often lie close to each other
             side: Any = "left" if reader == "edge" else "right"
             offset = (6 if reader == "edge" else -6, up)
@@ -255,8 +306,15 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     for name, label in (("floor", "commonest token"), ("cap", "cap")):
         value = 100 * float(tokens[name].iloc[-1])
         axes.axvline(value, color="#999999", linestyle=":", linewidth=1)
-        axes.annotate(label, (value, 2), rotation=90, fontsize=8, color="#666666", ha="right", va="bottom")
-    axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="validation accuracy, %")
+        foot: Any = ("data", "axes fraction")
+        axes.annotate(
+            label, (value, 0.02), xycoords=foot, rotation=90, fontsize=8, color="#666666", ha="right", va="bottom"
+        )
+    if measured:
+        axes.set(xlim=(0, 100), ylim=(0, 100), ylabel="validation accuracy, %")
+    else:  # the project has none
+        axes.set(xlim=(0, 100), ylim=(0, best["height"].max() + 1), ylabel="round")
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("tokens recovered by the best attacker, %")
     axes.legend(title="who reads", loc="lower right", frameon=False)
     last = best.xs(best.index.get_level_values("round").max(), level="round")
@@ -264,33 +322,29 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _search(client: Any, codec: Any, parts: list[tuple[Tensor, Mapping[str, Tensor]]], candidates: Tensor) -> Tensor:
+def _search(exposure: Exposure, candidates: Tensor) -> Tensor:
     """What an edge finds that knows the front, and tries texts out: a guess for each row of candidates [N, C]."""
     found, before = [], 0
-    for read, batch in parts:
+    compute = exposure.states
+    assert compute is not None
+    for read, batch in exposure.seen["edge"]:
         mask = batch["attention_mask"].bool()
         tried = batch["attention_mask"].new_zeros(*mask.shape, candidates.shape[1])
         tried[mask] = candidates[before : before + int(mask.sum())]
         before += int(mask.sum())
 
-        def encode(ids: Tensor, batch: Mapping[str, Tensor] = batch) -> Tensor:
-            states = client.states({"input_ids": ids, "attention_mask": batch["attention_mask"]})
-            encoded: Tensor = states if codec is None else codec(states)
-            return encoded
+        def encode(ids: Tensor, mask: Tensor = batch["attention_mask"]) -> Tensor:
+            return exposure.encoded(compute({"input_ids": ids, "attention_mask": mask}))
 
         with torch.no_grad():
             found.append(search_attack(read, encode, tried, mask)[mask])
     return torch.cat(found)
 
 
-def _some(batches: list[Mapping[str, Tensor]], num_texts: int) -> list[Mapping[str, Tensor]]:
-    """About so many texts, short and long: batches come in order of length.
-
-    Raises:
-        ConfigurationError: there are none.
-    """
-    stride = max(1, sum(len(batch["input_ids"]) for batch in batches) // num_texts)
-    if not batches:
-        raise ConfigurationError("PrivacyAudit needs validation texts: set data.validation_fraction or validation_file")
-    # copies, since what was made under inference mode has no gradients
-    return [{name: value[::stride].clone() for name, value in batch.items()} for batch in batches]
+def _bytes(trainer: "pl.Trainer", module: Any) -> float:
+    """Sent so far; nan where nobody counts."""
+    if is_federated(trainer):
+        return int(sum(module.num_bytes.values()))
+    monitor = companion(trainer, CommunicationMonitor)
+    counted = None if monitor is None else monitor.num_bytes(module)
+    return nan if counted is None else counted

@@ -7,13 +7,16 @@ project that trains locally would average.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import Any, Protocol, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from torch import Tensor, nn
 
+from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.updates import hashed_update
 
 # Shapes: Q probes, B batch, D hidden, C classes, K width of a hashed update.
@@ -97,18 +100,45 @@ class ProbingCallback(Callback):
                 f"{type(self).__name__} needs {missing}: give it batches of public inputs, and the LightningModule a"
                 " probe_step that returns representations [B, D] and class probabilities [B, C]"
             )
-        training = module.training
-        module.eval()
-        try:
-            with torch.no_grad():
-                outputs = [
-                    cast(Probes, module).probe_step(module.transfer_batch_to_device(batch, module.device, 0))
-                    for batch in self._probes
-                ]
-        finally:
-            module.train(training)
+        with evaluating(module):
+            outputs = [probe(module, batch) for batch in self._probes]
         states, predictions = zip(*outputs, strict=True)
         return torch.cat(states).float(), torch.cat(predictions).float()
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Without gradients and as in evaluation. Each part goes back to its own mode, since a project may freeze some."""
+    modes = {part: part.training for part in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for part, training in modes.items():
+            part.training = training
+
+
+def probe(module: "pl.LightningModule", batch: Any) -> Any:
+    """What ``probe_step`` of the LightningModule says about a batch."""
+    return cast(Any, module).probe_step(module.transfer_batch_to_device(batch, module.device, 0))
+
+
+def submodule(module: "pl.LightningModule", name: str, callback: str) -> nn.Module:
+    """The part of the LightningModule that a callback was given by its name.
+
+    Raises:
+        ConfigurationError: there is none; with names that there are.
+    """
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        names = [other for other, _ in module.named_modules() if other]
+        near = get_close_matches(name, names, n=3, cutoff=0) or names[:3]
+        raise ConfigurationError(
+            f"{callback}: expected a submodule of {type(module).__name__}; got {name!r}, which is none: take a name of"
+            f" named_modules(), such as {', '.join(near)}"
+        ) from error
 
 
 def gather(trainer: "pl.Trainer", found: Mapping[str, tuple[Tensor, ...]]) -> Named | None:

@@ -369,6 +369,12 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
         ),
         ([LEARNED, SKETCH], {}, r"stage 1 of uplink.* is calibrated to what arrives, and a stage before it trains"),
         ([{"class_path": "PrivacyAudit"}], {"data.num_probes": 0}, "expected probe texts, got none"),
+        (
+            [{"class_path": "PrivacyAudit", "init_args": {"at": "encoder", "public": [], "special_ids": [1]}}],
+            {},
+            "beside links and data module, where they have no use; got at and public and special_ids: leave it out",
+        ),
+        ([{"class_path": "PrivacyAudit", "init_args": {"private": []}}], {}, "no use; got private: leave it out"),
         ([{"class_path": "PrivacyAudit", "init_args": {"num_texts": 20}}], {}, "0 < num_known <= num_texts / 2"),
         ([ENCRYPTED, INT8], {}, r"stage 1 of uplink.* \(int8 .* comes after encryption"),
         ([{"class_path": "LinkNoise", "init_args": {"scale": 0}}], {}, "expected a finite scale > 0; got 0"),

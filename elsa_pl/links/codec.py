@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from elsa_pl.errors import ConfigurationError, TrainingDiverged
 from elsa_pl.links.reuse import Memory, ReuseStage, Sender
-from elsa_pl.links.stages import Ends, Link, Seen, Stage
+from elsa_pl.links.stages import NOBODY, Ends, Link, Seen, Stage
 from elsa_pl.links.traffic import Traffic
 
 PREFIX = "links."
@@ -117,7 +117,8 @@ class Codec(nn.Module):
 
     def __init__(self, name: str, link: Link, stages: Sequence[Stage], width: int, client: str | None = None) -> None:
         super().__init__()
-        self.name, self._link, self._stages, self._fitted = name, link, stages, False
+        self.name, self.link, self._stages, self._fitted = name, link, stages, False
+        self._num_inputs = width
         self.traffic = Traffic()
         self.ends = nn.ModuleList()
         for number, stage in enumerate(stages):
@@ -156,7 +157,7 @@ class Codec(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         """What the receiver computes with: decode(encode(states))."""
         sent = self.side("encoder")(states)
-        self.traffic.crossed(self._link, sent)
+        self.traffic.crossed(self.link, sent)
         decoded: Tensor = self.side("decoder")(sent)
         return decoded
 
@@ -206,6 +207,12 @@ class Codec(nn.Module):
             for name, value in self.tensors().items():
                 value.copy_(tensors[name])
         self._fitted = True
+
+    def without_secrets(self) -> "Codec":
+        """What somebody has of it who knows all that is public."""
+        known = Codec(self.name, self.link, self._stages, self._num_inputs, NOBODY)
+        known.load(self.tensors())
+        return known
 
     def describe(self) -> list[str]:
         """What the stages do, in their order."""

@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 
-def on_states(place: nn.Module, function: Callable[[Tensor], Tensor | None]) -> RemovableHandle:
+def on_states(place: nn.Module, function: Callable[[Tensor], Tensor | None], *, first: bool = False) -> RemovableHandle:
     """Call a function with the states that a module puts out; what it returns takes their place, unless it is None.
 
     Args:
         place: puts out states, or a tuple that begins with them.
         function: called in each forward pass.
+        first: before all that is called there so far, which would replace the states.
 
     Returns:
         To be removed again.
@@ -32,4 +33,4 @@ def on_states(place: nn.Module, function: Callable[[Tensor], Tensor | None]) -> 
             return None
         return (replaced, *output[1:]) if whole else replaced
 
-    return place.register_forward_hook(hook)
+    return place.register_forward_hook(hook, prepend=first)

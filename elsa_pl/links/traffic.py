@@ -46,6 +46,12 @@ class Traffic:
         if gradient is not None:  # autograd knows gradients that are all 0 and not there
             self.add(link, "backward", gradient)
 
+    @property
+    def payload_bytes(self) -> int:
+        """Counted since the last `take`."""
+        with self._lock:
+            return sum(self._num_bytes.values())
+
     def take(self) -> Counts:
         """Return the counts so far and start again."""
         with self._lock:
