@@ -281,8 +281,9 @@ class SSOP(SecretCallback):
     Args:
         rank: of the semantic subspace of public texts' states, inside of which is turned. A small one stops a reader
             only who does not look at the rest: see ``PrivacyAudit``.
-        undo: ``tail``: the edge is curious and computes on turned states; it costs accuracy. ``edge``: the edge is
-            trusted and the link is not; it costs none.
+        undo: ``tail``: the edge is curious and computes on turned states, which costs accuracy; they are turned alike
+            for the whole run, in the subspace of the model before any training. ``edge``: the edge is trusted and the
+            link is not; it costs none.
         complement: what becomes of the part outside of the subspace: ``keep``, ``sketch`` or ``drop``.
         ratio: with ``complement="sketch"``, numbers of that part over numbers sent.
         rekey: another rotation for every pass, but in any other project all passes are alike; None: where the edge

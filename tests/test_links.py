@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,26 @@ import torch
 from torch import Tensor
 
 from elsa_pl import cli
+from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import LINKS, NOBODY, Codec, crossing
+from elsa_pl.links import LINKS, NOBODY, Codec, Link, crossing
 from elsa_pl.links.hiding import NoiseStage
-from elsa_pl.links.perturbation import PerturbationStage
+from elsa_pl.links.perturbation import PerturbationStage, Undo
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
-from tests.runs import Run, Settings, arguments, assert_close, assert_equal, fork_all, run_forked, run_here, write_data
+from elsa_pl.partition import SplitPlan
+from elsa_pl.tiers.probes import ProbeDesk, ProbeModel
+from tests.runs import (
+    Run,
+    Settings,
+    arguments,
+    assert_close,
+    assert_equal,
+    fork_all,
+    make_module,
+    run_forked,
+    run_here,
+    write_data,
+)
 
 WIDTH = 32
 SKETCH = {"class_path": "SketchCompression", "init_args": {"ratio": 2}}
@@ -308,6 +323,31 @@ def test_calibration_behind_a_rotation_holds_for_every_client(states: Tensor, cl
     nobody = Codec("uplink.1-2-1", "uplink", stages[:1], WIDTH, NOBODY)
     nobody.fit(states)
     assert torch.allclose(nobody(states), states, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("undo", "complement", "changed"),
+    [("tail", "keep", set()), ("tail", "drop", {"mean"}), ("edge", "keep", {"subspace"})],
+)
+def test_training_does_not_change_how_the_middle_sees_states_turned(
+    undo: Undo, complement: Complement, changed: set[str]
+) -> None:
+    """Adapters that have learnt on states that are turned are of no use on states that are turned in another way."""
+    model = ProbeModel(make_module({}).build(), "classification", torch.device("cpu"), nullcontext)
+    ids = torch.arange(1, 161).view(10, 16)
+    plan = SplitPlan().resolve(4)
+    desk = ProbeDesk([model], [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}], plan)
+    ssop = PerturbationStage(16, undo, complement, 4, rekey=False, seed=0)
+
+    def make(plan: SplitPlan) -> dict[Link, Codec]:
+        return {link: Codec(link, link, [ssop], WIDTH) for link in LINKS}
+
+    initial = model.adapters()
+    generator = torch.Generator().manual_seed(0)
+    trained = {name: value + 0.1 * torch.randn(value.shape, generator=generator) for name, value in initial.items()}
+    before, after = (desk.fit_links(adapters, [plan], make) for adapters in (initial, trained))
+    assert any(name.endswith("subspace") for name in after)
+    assert {name.rsplit(".", 1)[1] for name in after if not torch.equal(after[name], before[name])} == changed
 
 
 def test_noise_is_another_one_for_each_pass(states: Tensor) -> None:

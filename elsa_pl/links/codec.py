@@ -167,17 +167,18 @@ class Codec(nn.Module):
         fits = [number for number, stage in enumerate(self._stages) if stage.fits and not self._fitted]
         return LinkEnd(self.name, side, ends, fits)
 
-    def fit(self, states: Tensor, uplink: "Codec | None" = None) -> None:
+    def fit(self, states: Tensor, uplink: "Codec | None" = None, *, untrained: Tensor | None = None) -> None:
         """Fit all stages, each to what arrives at it.
 
         Args:
             states: of public texts at this cut, padding left out. [Q, D]
             uplink: of a downlink, the same client's uplink, fitted already.
+            untrained: what the states were before any training, where it `fits_untrained`; None: there was none. [Q, D]
 
         Raises:
             ConfigurationError: a stage cannot be fitted to them; with the stage and the link.
         """
-        seen = Seen.of(states)
+        seen = Seen.of(states, untrained)
         for number, stage in enumerate(self._stages):
             ends = self._ends_of(stage)
             assert ends is not None
@@ -217,6 +218,11 @@ class Codec(nn.Module):
     def describe(self) -> list[str]:
         """What the stages do, in their order."""
         return [stage.describe() for stage in self._stages]
+
+    @property
+    def fits_untrained(self) -> bool:
+        """Whether it must see the states of before any training as well."""
+        return any(stage.fits_untrained for stage in self._stages)
 
     @property
     def subspace(self) -> Tensor | None:

@@ -5,6 +5,10 @@
 
 The first is against a curious edge, which never has the secret; turning back after the middle is exact only as far as
 the blocks in between do not notice. The second is against whoever reads the link, and exact.
+
+At the tail the model learns on turned states, so these must be turned alike for the whole run: the subspace is that of
+the model before any training. One that followed the training would have nearly all of its directions change places and
+signs from round to round, and each time the model would be given states that are turned as if by another secret.
 """
 
 from typing import Literal, get_args
@@ -65,6 +69,7 @@ class PerturbationStage(Stage):
             )
         self._rank, self._undo, self._complement = rank, undo, complement
         self._ratio, self._rekey, self._seed = ratio, rekey, seed
+        self.fits_untrained = undo == "tail"
         self.secret: str | None = None
 
     def ends(self, width: int, link: Link, client: str | None) -> Ends:
@@ -91,8 +96,9 @@ class PerturbationStage(Stage):
 
     def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
         if isinstance(ends.encoder, _Perturber):
-            assert seen.states is not None, "it is the first stage"
-            subspace = semantic_subspace(seen.states, self._rank)
+            states = seen.states if seen.untrained is None else seen.untrained
+            assert states is not None, "it is the first stage"
+            subspace = semantic_subspace(states, self._rank)
         elif paired is None:
             raise ValueError("expected this stage on both links, because the tail undoes what the front did")
         else:  # the downlink turns back what the uplink turned

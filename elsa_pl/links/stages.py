@@ -77,16 +77,18 @@ class Seen:
         states: a row for each token; None where only their moments are known. [Q, K]
         mean: [K]
         covariance: [K, K]
+        untrained: what the states were before any training, where the first stage asks for it. [Q, K]
     """
 
     states: Tensor | None
     mean: Tensor
     covariance: Tensor
+    untrained: Tensor | None = None
 
     @staticmethod
-    def of(states: Tensor) -> "Seen":
+    def of(states: Tensor, untrained: Tensor | None = None) -> "Seen":
         """With the moments computed."""
-        return Seen(states, *moments(states))
+        return Seen(states, *moments(states), untrained)
 
 
 class Ends(nn.Module):
@@ -108,6 +110,7 @@ class Stage(ABC):
 
     Attributes:
         fits: it must see states of public texts before it can be used.
+        fits_untrained: it must see those of before any training as well; it is the first stage then.
         trains: it has parameters that train with the adapters.
         first: nothing can come before it.
         last: nothing that computes with numbers can follow it.
@@ -116,6 +119,7 @@ class Stage(ABC):
     """
 
     fits = False
+    fits_untrained = False
     trains = False
     first = False
     last = False

@@ -82,6 +82,7 @@ class ProbeModel:
     def fit_links(
         self,
         adapters: Mapping[str, Tensor],
+        untrained: Mapping[str, Tensor],
         batches: Sequence[Batch],
         plan: SplitPlan,
         codecs: Mapping[Link, Codec],
@@ -90,6 +91,7 @@ class ProbeModel:
 
         Args:
             adapters: by global layer name.
+            untrained: those of before any training.
             batches: of probes, without labels.
             plan: with the middle filled in.
             codecs: fitted in place.
@@ -98,10 +100,14 @@ class ProbeModel:
         uplink, downlink = codecs.get("uplink"), codecs.get("downlink")
         behind = [pool_batch(self._moved(batch), self._pooling.uplink) for batch in batches]
         with torch.no_grad(), self._precision():
+            before = None
+            if uplink is not None and uplink.fits_untrained:
+                self._load(untrained)
+                before = _rows([self._entering(front, self._moved(batch)) for batch in batches], behind)
             self._load(adapters)
             sent = [self._entering(front, self._moved(batch)) for batch in batches]
             if uplink is not None:
-                uplink.fit(_rows(sent, behind))
+                uplink.fit(_rows(sent, behind), untrained=before)
                 for name, value in uplink.tensors().items():
                     if name in adapters and adapters[name].isfinite().all():  # it has trained since
                         value.copy_(adapters[name])
@@ -204,7 +210,7 @@ class ProbeDesk:
         fitted: dict[str, Tensor] = {}
         for plan in plans:
             codecs = make(plan)
-            self._models[0].fit_links(adapters, self._batches, plan, codecs)
+            self._models[0].fit_links(adapters, self._initial, self._batches, plan, codecs)
             for codec in codecs.values():
                 fitted |= {name: value.detach().clone() for name, value in codec.tensors().items()}
         return fitted
