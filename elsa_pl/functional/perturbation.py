@@ -75,8 +75,8 @@ def draw_rotation(rank: int, secret: int | str, step: int = 0, *, dtype: torch.d
         H_k = I - 2 \frac{v_k v_k^T}{\lVert v_k \rVert^2}, \quad
         v_k = g_k + \operatorname{sign}(g_{kk}) \lVert g_k \rVert e_k, \quad g_{ik} \sim N(0, 1) \text{ for } i \ge k
 
-    That is what the QR decomposition of a Gaussian matrix comes to, without the matrix that it would take apart. Without
-    the signs W would not be uniform (Haar). A "rotation" here may also mirror; of rank 1 it is 1 or -1.
+    That is what the QR decomposition of a Gaussian matrix comes to, without the matrix that it would take apart.
+    Without the signs W would not be uniform (Haar). A "rotation" here may also mirror; of rank 1 it is 1 or -1.
 
     Args:
         rank: r, at least 1.
@@ -92,7 +92,8 @@ def draw_rotation(rank: int, secret: int | str, step: int = 0, *, dtype: torch.d
         ValueError: a rank below 1.
 
     Source:
-        Stewart 1980, doi 10.1137/0717034; Mezzadri 2007, arXiv math-ph/0609050. ELSA, arXiv 2601.13824, draws one rotation for each client and keeps it.
+        Stewart 1980, doi 10.1137/0717034; Mezzadri 2007, arXiv math-ph/0609050. ELSA, arXiv 2601.13824, draws one
+        rotation for each client and keeps it.
 
     Example:
         >>> rotation = draw_rotation(3, "secret")
