@@ -138,7 +138,8 @@ def draw(points: dict[str, tuple[float, float, float]], blind: float) -> "Figure
     look = {"cmap": "viridis", "vmin": marks[0], "vmax": marks[-1], "s": 50, "edgecolors": DARK, "linewidths": 0.7}
     drawn = axes.scatter(read, accuracy, c=np.log10(sent), **look)
     axes.axvline(blind, color="#999999", linestyle=":", linewidth=1)
-    axes.annotate("seeing nothing", (blind, axes.get_ylim()[0]), rotation=90, fontsize=FONT_PT, ha="right", va="bottom")
+    half_way = np.mean(axes.get_ylim())
+    axes.annotate("seeing nothing", (blind, half_way), rotation=90, fontsize=FONT_PT, ha="right", va="top")
     axes.set(xlim=(0, 100), xlabel="held-out tokens that the best attacker at the edge recovers, %")
     axes.set_ylabel("test accuracy, %")
     style(axes)
@@ -147,7 +148,8 @@ def draw(points: dict[str, tuple[float, float, float]], blind: float) -> "Figure
     scale.set_label("MB of training")
     style(bar)
     title(figure, "Up and left is better: accuracy, and what an edge reads of held-out texts (TREC)")
-    label_points(axes, np.column_stack([read, accuracy]), list(points), np.full(len(read), 4.0))
+    short = [name.replace(" and mean", "+mean").replace("learned ", "1/").replace(" + ", ", ") for name in points]
+    label_points(axes, np.column_stack([read, accuracy]), short, np.full(len(read), 4.0))
     return figure
 
 
