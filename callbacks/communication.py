@@ -9,7 +9,7 @@ import pandas as pd
 from lightning.pytorch.callbacks import Callback
 
 from elsa_pl.callbacks.probing import is_federated, log_agreed
-from elsa_pl.links import Codec, Counts, wire_bytes
+from elsa_pl.links import Counts, codecs_in, wire_bytes
 
 _COLUMNS = ["round", "phase", "client", "link", "direction", "messages", "payload_bytes", "wire_bytes"]
 
@@ -39,7 +39,7 @@ class CommunicationMonitor(Callback):
 
     def num_bytes(self, pl_module: "pl.LightningModule") -> int | None:
         """Payload so far, in a project without `elsa_pl`'s strategy; None where no stage stands anywhere."""
-        codecs = _codecs(pl_module)
+        codecs = codecs_in(pl_module)
         pending = sum(codec.traffic.payload_bytes for codec in codecs)
         return sum(row[_COLUMNS.index("payload_bytes")] for row in self._rows) + pending if codecs else None
 
@@ -64,7 +64,7 @@ class CommunicationMonitor(Callback):
     def _take(self, trainer: "pl.Trainer", module: "pl.LightningModule", phase: str) -> None:
         if is_federated(trainer):
             return
-        traffic: dict[str, Counts] = {codec.name: codec.traffic.take() for codec in _codecs(module)}
+        traffic: dict[str, Counts] = {codec.name: codec.traffic.take() for codec in codecs_in(module)}
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._note(trainer, phase, traffic, on_wire=False)
 
@@ -85,7 +85,3 @@ class CommunicationMonitor(Callback):
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
             pd.DataFrame(self._rows, columns=_COLUMNS).to_csv(folder / "traffic.csv", index=False)
-
-
-def _codecs(module: "pl.LightningModule") -> list[Codec]:
-    return [found for found in module.modules() if isinstance(found, Codec)]

@@ -21,7 +21,7 @@ from elsa_pl.callbacks.probing import evaluating, probe, submodule
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.label_attacks import pool
 from elsa_pl.functional.pooling import Pooling
-from elsa_pl.links import NOBODY, Codec, Traffic, crossing, on_states
+from elsa_pl.links import NOBODY, Codec, Traffic, codecs_in, crossing, on_states
 
 Reader = Literal["edge", "link"]
 Part = tuple[Tensor, Mapping[str, Tensor]]
@@ -158,7 +158,7 @@ def expose_module(
         ConfigurationError: a place or batches that cannot be audited.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]  # Lightning sets it in a connector
-    nobodies = {codec: codec.without_secrets().to(module.device) for codec in _codecs(module)}
+    nobodies = {codec: codec.without_secrets().to(module.device) for codec in codecs_in(module)}
     own = None  # a codec of an earlier fit may be there still
     if any(isinstance(callback, LinkCallback) and callback.at == at for callback in callbacks):
         own = next(codec for codec in nobodies if codec.name == at and codec.link == "uplink")
@@ -257,7 +257,7 @@ def _require_states(outputs: Sequence[Any], ids: Tensor, at: str) -> None:
 @contextmanager
 def _apart(module: "pl.LightningModule") -> Iterator[None]:
     """What is sent meanwhile is not counted, and the random numbers of training go on as without it."""
-    counted = {codec: codec.traffic for codec in _codecs(module)}
+    counted = {codec: codec.traffic for codec in codecs_in(module)}
     for codec in counted:
         codec.traffic = Traffic()
     try:
@@ -276,10 +276,6 @@ def _in_place_of(others: Mapping[Codec, Codec]) -> Iterator[None]:
             handle = codec.register_forward_hook(lambda _, args, __, other=other: other(*args))
             hooks.callback(handle.remove)
         yield
-
-
-def _codecs(module: "pl.LightningModule") -> list[Codec]:
-    return [found for found in module.modules() if isinstance(found, Codec)]
 
 
 def _stride(batches: Sequence[Mapping[str, Tensor]], num_texts: int) -> int:

@@ -232,3 +232,8 @@ class Codec(nn.Module):
     def tensors(self) -> dict[str, nn.Parameter]:
         """What is fitted or trains, of both sides, by name."""
         return {**self.side("encoder").tensors(), **self.side("decoder").tensors()}
+
+
+def codecs_in(module: nn.Module) -> list[Codec]:
+    """Those that stand at submodules of a module."""
+    return [found for found in module.modules() if isinstance(found, Codec)]

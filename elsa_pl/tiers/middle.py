@@ -1,37 +1,12 @@
 """The middle part, on the edge: one session per client, so that concurrent requests share no mutable state."""
 
-from contextlib import nullcontext
-
-import torch
 from torch import Tensor
 
-from elsa_pl.functional.pooling import Pooling, pool_states
-from elsa_pl.links import LinkEnd
-from elsa_pl.partition import Part
-from elsa_pl.tiers.tier import OptimizerFactory, PrecisionContext, Tier
+from elsa_pl.tiers.tier import Tier
 
 
 class MiddleModule(Tier):
-    """Hidden states in, hidden states out. It sees an attention mask, and never token ids or labels.
-
-    Args:
-        part, make_optimizer, precision, device, decode, encode: see `Tier`.
-        pooling: what becomes of the tokens at the second cut; see `elsa_pl.functional.pooling`.
-    """
-
-    def __init__(
-        self,
-        part: Part,
-        make_optimizer: OptimizerFactory,
-        precision: PrecisionContext = nullcontext,
-        device: torch.device | str = "cpu",
-        *,
-        decode: LinkEnd | None = None,
-        encode: LinkEnd | None = None,
-        pooling: Pooling | None = None,
-    ) -> None:
-        super().__init__(part, make_optimizer, precision, device, decode=decode, encode=encode)
-        self._pooling = pooling
+    """Hidden states in, hidden states out. It sees an attention mask, and never token ids or labels."""
 
     def forward(self, received: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the hidden states at the second cut.
@@ -44,4 +19,4 @@ class MiddleModule(Tier):
             (B, G, D), G the tokens after pooling, or what a codec makes of it.
         """
         out: Tensor = self.part({"attention_mask": attention_mask}, self.decoded(received))
-        return self.encoded(pool_states(out, attention_mask, self._pooling))
+        return self.encoded(self.pooled(out, attention_mask))

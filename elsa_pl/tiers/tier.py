@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elsa_pl.functional.pooling import Pooling, pool_states
 from elsa_pl.links import LinkEnd
 from elsa_pl.lora import dropout_key
 from elsa_pl.partition import Part
@@ -35,6 +36,7 @@ class Tier(L.LightningModule):
         device: where the part computes.
         decode: this side of the link on which states arrive; None: as they are.
         encode: this side of the link on which states leave; None: as they are.
+        pooling: what becomes of the tokens behind the part; see `elsa_pl.functional.pooling`.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Tier(L.LightningModule):
         *,
         decode: LinkEnd | None = None,
         encode: LinkEnd | None = None,
+        pooling: Pooling | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -57,7 +60,7 @@ class Tier(L.LightningModule):
             self._link_ends["encode"] = encode.to(device)
         self._compute_device = torch.device(device)
         self._make_optimizer = make_optimizer
-        self._precision = precision
+        self._precision, self._pooling = precision, pooling
         self._trained = [*part.adapters().values(), *(value for end in self._ends for value in end.trained().values())]
         # by number of the pass: the passes of a step end in any order, and sums are made in order
         self._collected: dict[int, list[Tensor | None]] = {}
@@ -74,6 +77,10 @@ class Tier(L.LightningModule):
     def decoded(self, received: Tensor) -> Tensor:
         """The states [B, T, D] that arrived."""
         return self._link_ends["decode"](received) if "decode" in self._link_ends else received
+
+    def pooled(self, states: Tensor, mask: Tensor) -> Tensor:
+        """What goes on of states [B, T, D] of tokens, 1 in the mask [B, T], or padding: [B, G, D]."""
+        return pool_states(states, mask, self._pooling)
 
     def encoded(self, states: Tensor) -> Tensor:
         """What is sent of states [B, T, D]."""
