@@ -6,7 +6,7 @@ same.
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -146,6 +146,21 @@ class PrivacyAudit(Callback):
 
     def check_probes(self, num_probes: int, num_classes: int) -> None:
         """Probes are asked for before anything starts; any number will do."""
+
+    def check_links(self, links: Collection[str]) -> None:
+        """Refuse, before anything starts, a model that is not cut in three.
+
+        Args:
+            links: those that all clients have.
+
+        Raises:
+            ConfigurationError: one is missing.
+        """
+        if "downlink" not in links:
+            raise ConfigurationError(
+                "PrivacyAudit attacks what an edge without labels sees; got a plan without a tail, in which it is given"
+                " them, or nothing at all: leave it out"
+            )
 
     def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not is_federated(trainer):

@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -43,23 +43,36 @@ __all__ = ["Part", "SplitPlan", "check_cut", "check_reads_ahead", "cut", "find_b
 
 @dataclass(frozen=True)
 class SplitPlan:
-    """How many blocks each part gets."""
+    """How many blocks each part gets. The last part that has any also has the head.
+
+    With a tail, labels stay on the client. Two other ways to divide a model are there to compare with: without a tail
+    the edge has the head, and labels are sent to it (two-part split: SplitLoRA, Lin et al. 2024, arXiv 2407.00952);
+    without a middle too the client computes all, as in federated averaging.
+    """
 
     front: int = 1
     """Blocks on the client after the embeddings, at least 1."""
 
     middle: int | None = None
-    """Blocks on the edge, at least 1; None takes what front and tail leave."""
+    """Blocks on the edge; None takes what front and tail leave, at least 1. 0: the front is the whole model."""
 
     tail: int = 1
-    """Blocks on the client before the head, at least 1."""
+    """Blocks on the client before the head. 0: the head is on the edge, or with the front if that is all there is."""
 
     def __post_init__(self) -> None:
-        if self.front < 1 or self.tail < 1 or (self.middle is not None and self.middle < 1):
+        parted = self.middle is None or self.middle >= 1
+        if self.front < 1 or self.tail < 0 or not (parted or (self.middle == 0 and self.tail == 0)):
             raise ValueError(
-                "a plan must satisfy 1 <= front, 1 <= middle, 1 <= tail; "
+                "a plan must satisfy 1 <= front, 1 <= middle, 0 <= tail, or 1 <= front, middle == tail == 0; "
                 f"got front={self.front}, middle={self.middle}, tail={self.tail}"
             )
+
+    @property
+    def kind(self) -> Literal["uncut", "two-part", "three-part"]:
+        """Which parts there are."""
+        if self.middle == 0:
+            return "uncut"
+        return "three-part" if self.tail else "two-part"
 
     def resolve(self, num_layers: int) -> "SplitPlan":
         """Return the plan with its middle filled in, checked against a model of `num_layers` blocks.
@@ -233,8 +246,10 @@ class Part(nn.Module):
         return f"{prefix}{int(index) + self.start}.{rest}"
 
 
-def cut(model: nn.Module, plan: SplitPlan) -> tuple[Part, Part, Part]:
+def cut(model: nn.Module, plan: SplitPlan) -> tuple[Part, ...]:
     """Cut a model into front, middle and tail, which share its weights; the model stays as it is.
+
+    Parts without blocks are not among them.
 
     Args:
         model: an uncut Hugging Face model, with adapters (then only those are trained) or without.
@@ -249,16 +264,16 @@ def cut(model: nn.Module, plan: SplitPlan) -> tuple[Part, Part, Part]:
     assert resolved.middle is not None
     first_cut, second_cut = resolved.front, resolved.front + resolved.middle
     bounds = ((0, first_cut), (first_cut, second_cut), (second_cut, second_cut + resolved.tail))
-    front, middle, tail = (Part(copy_sharing(base), start, stop) for start, stop in bounds)
+    parts = tuple(Part(copy_sharing(base), start, stop) for start, stop in bounds if stop > start)
     hidden = None
     seen: set[nn.Parameter] = set()
-    for part in (front, middle, tail):
+    for part in parts:
         hidden = _drop_unused(part, sample_batch(base), hidden)
         # Not by name, since the two sides of a tied weight have different ones.
         if shared := [name for name, parameter in part.adapters().items() if parameter in seen]:
             raise ValueError(f"{shared[0]} is trainable and in two parts, where it would drift apart: freeze it")
         seen.update(part.adapters().values())
-    return front, middle, tail
+    return parts
 
 
 def replicate(part: Part) -> Part:

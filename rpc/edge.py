@@ -18,9 +18,9 @@ from elsa_pl.rpc.remote import exposed
 
 
 class Session(Protocol):
-    """A client's middle, as the edge uses it (see `elsa_pl.tiers.middle.MiddleModule`)."""
+    """A client's middle, as the edge uses it: a `elsa_pl.tiers.middle.MiddleModule`, or a `RestModule` beside it."""
 
-    def __call__(self, hidden: Tensor, attention_mask: Tensor) -> Tensor: ...
+    def __call__(self, hidden: Tensor, attention_mask: Tensor, *labels: Tensor | None) -> Any: ...
     def computing(self, key: tuple[int | str, ...] | None) -> AbstractContextManager[None]: ...
     def collect_gradients(self, number: int, gradients: Mapping[Tensor, Tensor]) -> None: ...
     def gradient_norms(self) -> list[float]: ...
@@ -77,8 +77,38 @@ class EdgeService:
         """
         session = self.sessions[client]
         with session.computing(key), crossing(number, attention_mask, slots):
-            out = session(hidden.to(self._device), attention_mask.to(self._device, torch.long))
+            out: Tensor = session(hidden.to(self._device), attention_mask.to(self._device, torch.long))
             return out.to(self._wire)
+
+    @exposed
+    def finish(
+        self,
+        client: str,
+        hidden: Tensor,
+        attention_mask: Tensor,
+        labels: Tensor | None,
+        key: tuple[int | str, ...] | None,
+        number: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run all that follows a client's front: see `elsa_pl.tiers.rest.RestModule`.
+
+        Args:
+            client: whose session.
+            hidden: (B, T, D), or what the link's stages make of it.
+            attention_mask: (B, T), bool.
+            labels: (B,) or (B, T), if there are any.
+            key: place of the step in the run, for dropout draws; None for evaluation.
+            number: of the pass over the links.
+
+        Returns:
+            The mean loss, which carries gradients back inside a remote autograd context, and in evaluation the logits.
+        """
+        session = self.sessions[client]
+        with session.computing(key), crossing(number, attention_mask):
+            mask = attention_mask.to(self._device, torch.long)
+            at_edge = None if labels is None else labels.to(self._device)
+            loss, logits = session(hidden.to(self._device), mask, at_edge)
+            return None if loss is None else loss.to(self._wire), None if logits is None else logits.to(self._wire)
 
     @exposed
     def collect(self, client: str, number: int, context_id: int) -> None:
@@ -101,6 +131,10 @@ class EdgeService:
         session = self.sessions[client]
         session.collect_gradients(0, dist_autograd.get_gradients(context_id))
         session.step_optimizer(lr_factor, 1.0, clip_value)
+
+    def adapters_of(self, client: str) -> dict[str, Tensor]:
+        """The adapters that a client has here, by global layer name; none where it computes all by itself."""
+        return self.sessions[client].adapters() if client in self.sessions else {}
 
     @exposed
     def mean(self, key: Any, names: tuple[str, ...]) -> Any:

@@ -79,6 +79,29 @@ CASES: list[Case] = [
         ["--model.lora.target_modules", "[none]"],
         ["'none'", "attention.self.query", "set target_modules"],
     ),
+    (
+        "two-holes",
+        ["--model.plan", "{front: 2, middle: 0, tail: 2}"],
+        ["middle == tail == 0", "front=2, middle=0, tail=2"],
+    ),
+    (
+        "links-of-an-uncut-model",
+        ["--model.plan", "{front: 4, middle: 0, tail: 0}", "--trainer.callbacks+", "LinkQuantization"],
+        ["no links", "leave out", "model.plan"],
+    ),
+    (
+        "pooling-without-a-link",
+        ["--model.plan", "{front: 1, middle: 3, tail: 0}", "--model.token_pooling.downlink", "first"],
+        ["token_pooling.downlink", "without a tail", "leave it out"],
+    ),
+    (
+        "audit-without-a-tail",
+        [
+            *["--model.plan", "{front: 1, middle: 3, tail: 0}", "--data.num_probes", "8"],
+            *["--trainer.callbacks+", "PrivacyAudit"],
+        ],
+        ["PrivacyAudit", "without a tail", "leave it out"],
+    ),
     ("device", [f"{STRATEGY}client_device", "cuda:9"], ["client_device='cuda:9'", "use cpu"]),
     ("edge-device", [f"{STRATEGY}edge_device", "cuda:9"], ["edge_device='cuda:9'", "use cpu"]),
     ("device-name", [f"{STRATEGY}edge_device", "gpu"], ["edge_device", "'gpu'", "cuda:0"]),

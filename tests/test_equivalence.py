@@ -25,6 +25,7 @@ from elsa_pl.rpc.lifecycle import Address
 from elsa_pl.tiers.client import Client, EdgeAddress
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.middle import MiddleModule
+from elsa_pl.tiers.rest import RestModule
 from elsa_pl.tiers.step import Clipping, Step, StepResult, StepSettings
 from elsa_pl.tiers.tail import TailModule
 from elsa_pl.tiers.tier import Tier
@@ -109,21 +110,16 @@ class Pair:
         for name, parameter in self.whole.named_parameters():
             if "lora_B" in name:  # zero at the start, where the gradients of lora_A are zero too
                 nn.init.normal_(parameter, std=0.1, generator=generator)
-        front, middle, tail = map(replicate, cut(self.whole, plan))
+        front, *others = map(replicate, cut(self.whole, plan))
         self._seen: dict[Tensor, Tensor] = {}
         shared = (lambda parameters: Recorder(parameters, self._seen), self.precision, CPU)
-        self.session = MiddleModule(middle, *shared)
+        tail = TailModule(others[1], *shared) if len(others) == 2 else None
+        self.sessions = [(RestModule if tail is None else MiddleModule)(part, *shared) for part in others[:1]]
         edge = f"edge-{len(_served)}"
-        remote.serve(edge, EdgeService(edge, {"client-0": self.session}, CPU))
+        remote.serve(edge, EdgeService(edge, dict(zip(["client-0"], self.sessions, strict=False)), CPU))
         _served.append(edge)
-        self.client = Client(
-            "client-0",
-            FrontModule(front, *shared),
-            TailModule(tail, *shared),
-            EdgeAddress("here", edge, 60.0),
-            device=CPU,
-        )
-        self.tiers: list[Tier] = [self.client.front, self.session, self.client.tail]
+        self.client = Client("client-0", FrontModule(front, *shared), tail, EdgeAddress("here", edge, 60.0), device=CPU)
+        self.tiers: list[Tier] = [*self.client.tiers, *self.sessions]
         self._trained = {n: p for n, p in uncut(self.whole).named_parameters() if p.requires_grad}
         self._optimizer = Recorder(list(self._trained.values()), self._seen)
 
@@ -260,6 +256,22 @@ def test_other_cuts(plan: SplitPlan) -> None:
     Pair("bert", "classification", plan=plan).assert_same_steps([[make_batch("classification")]])
 
 
+@pytest.mark.parametrize(("family", "task"), [*FAMILIES, ("gpt2", "classification")])
+@pytest.mark.parametrize("plan", [SplitPlan(front=4, middle=0, tail=0), SplitPlan(front=1, tail=0)], ids=repr)
+def test_without_a_tail_or_a_middle(family: str, task: Task, plan: SplitPlan) -> None:
+    """The whole model on the client, and the head with the labels at the edge."""
+    pair = Pair(family, task, plan=plan, dropout=0.3)
+    assert len(pair.tiers) == (1 if plan.kind == "uncut" else 2)
+    pair.assert_same_steps([[make_batch(task, step)] for step in range(2)])
+    pair.assert_same_steps([[make_batch(task, step + 2), make_batch(task, step + 4)] for step in range(2)])
+    pair.assert_same_steps([[make_batch(task, step + 6)] for step in range(2)], Clipping(norm=0.05))
+    batch = make_batch(task, 9)
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = pair.whole.eval()(**batch).logits
+    assert torch.equal(pair.client.evaluate(batch, ("val", 0)).logits, expected)
+
+
 def test_steps_of_the_causal_config_are_those_of_the_uncut_model() -> None:
     """Its adapters are on every linear layer, the head among them."""
     settings = yaml.safe_load((ROOT / "configs" / "causal_lm.yaml").read_text())["model"]
@@ -349,12 +361,12 @@ def test_a_replica_goes_on_with_the_optimizer_of_another() -> None:
 
 def test_a_diverged_loss_steps_nothing() -> None:
     pair, batch = Pair("bert", "classification"), make_batch("classification")
-    broken = {name: torch.full_like(value, float("nan")) for name, value in pair.client.tail.adapters().items()}
-    pair.client.tail.load(broken)
-    before = pair.session.adapters()
+    tail = pair.client.tiers[1]
+    tail.load({name: torch.full_like(value, float("nan")) for name, value in tail.adapters().items()})
+    before = pair.sessions[0].adapters()
     with pytest.raises(TrainingDiverged, match=r"client-0 is nan in round 2, step 7"):
         pair.step([batch], step=7)
-    assert_equal(pair.session.adapters(), before)
+    assert_equal(pair.sessions[0].adapters(), before)
 
 
 def test_an_error_at_the_edge_reaches_the_client() -> None:
@@ -366,7 +378,7 @@ def test_an_error_at_the_edge_reaches_the_client() -> None:
 
 def test_sessions_of_one_edge_share_nothing_that_is_trained() -> None:
     pair = Pair("bert", "classification")
-    other = replicate(pair.session.part)
+    other = replicate(pair.sessions[0].part)
     before = {name: value.clone() for name, value in other.adapters().items()}
     pair.split_step([make_batch("classification")])
     assert_equal(other.adapters(), before)

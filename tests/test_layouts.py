@@ -99,6 +99,34 @@ def test_passes_in_flight_do_not_change_the_numbers(tmp_path: Path, settings: Se
     assert_same_run(run, single)
 
 
+@pytest.mark.parametrize("plan", [(4, 0, 0), (1, 3, 0)], ids=["uncut", "two-part"])
+@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.timeout(300)
+def test_other_divisions_train_the_same_model(
+    plan: tuple[int, int, int], processes: int, tmp_path: Path, settings: Settings, single: Run
+) -> None:
+    """Federated averaging of the uncut model, and a two-part split: what differs is what is sent."""
+    settings = {**settings, "model.plan": dict(zip(("front", "middle", "tail"), plan, strict=True))}
+    if processes == 1:
+        run = run_here(tmp_path, "run", {**settings, "strategy.layout": "single"})
+    else:
+        run = run_forked(tmp_path / "runs", "run", {**settings, **TIERS, "strategy.num_hosts": 2}, processes)
+    assert_equal(run.adapters(), single.adapters())
+    for epoch, row in comparable(single.metrics()).items():
+        figures = {name: value for name, value in row.items() if not name.startswith("bytes/")}
+        assert {name: run.metrics()[epoch][name] for name in figures} == pytest.approx(figures, rel=1e-6)
+    sent, expected = (each.summary()["bytes"] for each in (run, single))
+    assert sent["adapters"]["up"] > expected["adapters"]["up"] if plan[1] == 0 else sent["adapters"]["up"] > 0
+    links = [place for link in ("uplink", "downlink") for place in sent.get(link, {}).values()]
+    if plan[1] == 0:
+        assert not any(links)
+    else:
+        if processes == 1:  # several hosts share out the evaluation's texts and pad them differently
+            assert sent["uplink"]["forward"] > expected["uplink"]["forward"], "labels go to the edge"
+        assert sent["uplink"]["backward"] == expected["uplink"]["backward"]
+        assert sum(sent["downlink"].values()) < 0.05 * sum(expected["downlink"].values())
+
+
 def test_bf16_is_used(tmp_path: Path, settings: Settings, single: Run) -> None:
     run = run_here(tmp_path, "run", {**settings, "trainer.precision": "bf16-mixed"})
     losses = [each.metrics()[1]["train_loss"] for each in (run, single)]

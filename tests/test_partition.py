@@ -1,7 +1,7 @@
 """A cut model computes what the uncut model computes, bit for bit, whatever the family."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -125,17 +125,19 @@ def whole_step(model: PeftModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, T
     return output.loss.detach(), output.logits.detach(), gradients
 
 
-def split_step(parts: tuple[Part, Part, Part], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def split_step(parts: Sequence[Part], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A step as over a network: each part backpropagates on its own, only tensors are handed over."""
-    front, middle, tail = parts
-    a = front(batch)
-    a_in = a.detach().requires_grad_()
-    b = middle({"attention_mask": batch["attention_mask"]}, a_in)
-    b_in = b.detach().requires_grad_()
-    output = tail(batch, b_in)
+    *inner, last = parts
+    sent: list[Tensor] = []
+    received: list[Tensor] = []
+    for part in inner:
+        seen = {"attention_mask": batch["attention_mask"]} if received else batch
+        sent.append(part(seen, *received[-1:]))
+        received.append(sent[-1].detach().requires_grad_())
+    output = last(batch, *received[-1:])
     output.loss.backward()
-    b.backward(b_in.grad)
-    a.backward(a_in.grad)
+    for states, arrived in zip(reversed(sent), reversed(received), strict=True):
+        states.backward(arrived.grad)
     gradients = {n: p.grad.clone() for part in parts for n, p in part.adapters().items() if p.grad is not None}
     for part in parts:
         part.zero_grad()
@@ -399,7 +401,8 @@ def test_trainable_tensors_of_two_parts_are_refused() -> None:
 def test_plans() -> None:
     assert SplitPlan(front=2, tail=1).resolve(6) == SplitPlan(front=2, middle=3, tail=1)
     assert num_blocks(build("gpt2")) == 4
-    for wrong in ({"front": 0}, {"tail": 0}, {"middle": 0}):
+    assert [SplitPlan(*plan).kind for plan in ((4, 0, 0), (1, 3, 0), (1, 2, 1))] == ["uncut", "two-part", "three-part"]
+    for wrong in ({"front": 0}, {"tail": -1}, {"middle": 0}, {"front": 0, "middle": 0, "tail": 0}):
         with pytest.raises(ValueError, match="1 <= front"):
             SplitPlan(**wrong)
     with pytest.raises(ValueError, match="front=4, middle=None, tail=3, num_layers=6: lower front or tail"):
@@ -408,7 +411,7 @@ def test_plans() -> None:
         SplitPlan(front=1, middle=2, tail=1).resolve(6)
 
 
-@pytest.mark.parametrize("plan", [SplitPlan(1, 1, 2), SplitPlan(2, 1, 1), SplitPlan(1, 2, 1)])
+@pytest.mark.parametrize("plan", [SplitPlan(*p) for p in ((1, 1, 2), (2, 1, 1), (1, 2, 1), (1, 3, 0), (4, 0, 0))])
 def test_any_plan(plan: SplitPlan) -> None:
     model, batch = build("qwen2", "causal_lm"), make_batch("causal_lm")
     assert_same(split_step(cut(model, plan), batch), whole_step(model, batch))

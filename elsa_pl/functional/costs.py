@@ -31,7 +31,7 @@ _GATED: Final = ("gemma", "gemma2", "gemma3_text", "modernbert")
 
 
 class Plan(NamedTuple):
-    """Blocks of front, middle and tail, as in `elsa_pl.partition.SplitPlan`."""
+    """Blocks of front, middle and tail, as in `elsa_pl.partition.SplitPlan`; the last part with any has the head."""
 
     front: int
     middle: int
@@ -170,7 +170,7 @@ class StepCosts:
     """Memory of the client: the plain hidden states that it sends and gets, with their gradients."""
 
     num_messages: int = MESSAGES_PER_STEP
-    """One after the other."""
+    """One after the other; labels, and the loss that answers them, are not counted in bytes."""
 
     @property
     def client_flops(self) -> float:
@@ -288,7 +288,7 @@ def step_costs(workload: Workload, plan: Sequence[int]) -> StepCosts:
 
     Args:
         workload: what every step does.
-        plan: blocks of front, middle and tail, each at least 1.
+        plan: blocks of front, middle and tail; see `elsa_pl.partition.SplitPlan` for those without a tail or a middle.
 
     Raises:
         ValueError: the plan does not fit the model.
@@ -302,9 +302,11 @@ def step_costs(workload: Workload, plan: Sequence[int]) -> StepCosts:
     """
     shape = workload.shape
     front, middle, tail = plan
-    if min(plan) < 1 or sum(plan) != shape.num_layers:
+    whole = (shape.num_layers, 0, 0)
+    if sum(plan) != shape.num_layers or tail < 0 or (min(front, middle) < 1 and tuple(plan) != whole):
         raise ValueError(
-            f"expected three parts of at least 1 block, {shape.num_layers} in all; got {tuple(plan)}: correct the plan"
+            f"expected front and middle of at least 1 block, or all in the front, {shape.num_layers} in all; got"
+            f" {tuple(plan)}: correct the plan"
         )
     num_entering = int(places(workload.num_tokens, workload.pooling.uplink)[0].max()) + 1
     num_leaving = int(places(num_entering, workload.pooling.downlink)[0].max()) + 1
@@ -319,20 +321,22 @@ def step_costs(workload: Workload, plan: Sequence[int]) -> StepCosts:
     uplink = hidden_bytes if workload.uplink_bytes_per_token is None else workload.uplink_bytes_per_token
     downlink = hidden_bytes if workload.downlink_bytes_per_token is None else workload.downlink_bytes_per_token
     embeddings = (shape.vocab_size + shape.num_positions) * hidden_bytes
+    crossing, returning = entering * (middle > 0), leaving * (tail > 0)  # tokens on the links
+    own_head = middle == 0 or tail > 0
     return StepCosts(
         front_flops=tokens * (front * in_front - block.backward_flops + block.first_backward_flops),
-        middle_flops=entering * middle * in_middle,
-        tail_flops=leaving * tail * in_tail + head_flops,
-        up_bytes=entering * (uplink + 1) + leaving * downlink,  # a byte of the mask
-        down_bytes=entering * uplink + leaving * downlink,
+        middle_flops=entering * middle * in_middle + head_flops * (not own_head),
+        tail_flops=leaving * tail * in_tail + head_flops * own_head,
+        up_bytes=crossing * (uplink + 1) + returning * downlink,  # a byte of the mask
+        down_bytes=crossing * uplink + returning * downlink,
         parameter_bytes=embeddings
         + (front + tail) * (block.parameter_bytes + block.trained_bytes)
-        + head_frozen
-        + head_trained,
+        + (head_frozen + head_trained) * own_head,
         activation_bytes=tokens * ((front - 1) * block.activation_bytes + block.first_activation_bytes)
         + leaving * tail * last.activation_bytes
-        + head_kept,
-        link_bytes=2.0 * (entering + leaving) * hidden_bytes,
+        + head_kept * own_head,
+        link_bytes=2.0 * (crossing + returning) * hidden_bytes,
+        num_messages=MESSAGES_PER_STEP if middle else 0,
     )
 
 

@@ -191,7 +191,9 @@ class Fleet:
             new_sessions = [(edge, client) for edge in sessions for client in topology.clients_of(edge)]
             new_clients = rounds.local_names
         for edge, client in new_sessions:
-            session = module.make_middle(client, placement.plans[client], self._places.edge_device)
+            session = module.make_session(client, placement.plans[client], self._places.edge_device)
+            if session is None:  # the client computes all by itself
+                continue
             if client in sessions[edge]:
                 session.take_over(sessions[edge][client])
             sessions[edge][client] = session
@@ -201,7 +203,8 @@ class Fleet:
                 there = rounds.clients[name]
                 if name not in recut:
                     front.take_over(there.front)
-                    tail.take_over(there.tail)
+                    if tail is not None:
+                        tail.take_over(there.tail)
                 there.front, there.tail = front, tail
             else:
                 edge = topology.assignment[name]
@@ -295,7 +298,7 @@ class Fleet:
                 edge = self._rounds.edges[self.placement.assignment[update.sender]]
                 given = edge.given(trainer.current_epoch) or self._module.global_adapters()
                 # the client's own doing is front and tail; the head's updates differ most between honest clients
-                middle = edge.sessions[update.sender].adapters()
+                middle = edge.adapters_of(update.sender)
                 names = [name for name in given if ".lora_" in name and name not in middle]
                 before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
                 probed[update.sender] = (*found[update.sender], hashed_update(before, after))

@@ -285,7 +285,7 @@ class Rounds:
         received = edge.board.collect(key, expected, max(0.0, deadline - time.monotonic()))
         _report_missing(f"{edge.name}, round {key[0]}", expected, received)
         return [
-            Update(name, update.weight, {**update.adapters, **edge.sessions[name].adapters()})
+            Update(name, update.weight, {**update.adapters, **edge.adapters_of(name)})
             for name, update in received.items()
         ]
 

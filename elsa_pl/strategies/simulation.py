@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from elsa_pl.functional.clock import client_seconds, edge_seconds, round_seconds, trip_seconds
-from elsa_pl.functional.costs import MESSAGES_PER_STEP, StepCosts, Workload, step_costs
+from elsa_pl.functional.costs import StepCosts, Workload, step_costs
 from elsa_pl.functional.profiles import NetworkProfile
 from elsa_pl.rpc.messages import Work
 from elsa_pl.strategies.placement import Placement
@@ -39,7 +39,7 @@ def simulate_round(
                     flops=costs[client].client_flops,
                     up_bytes=work[client].up_bytes,
                     down_bytes=work[client].down_bytes,
-                    num_messages=MESSAGES_PER_STEP * work[client].num_steps,
+                    num_messages=costs[client].num_messages * work[client].num_steps,
                     edge_s=waiting[client],
                 )
                 for client in flops

@@ -1,4 +1,9 @@
-"""One client: its front and tail, and the passes that cross its edge. `elsa_pl.tiers.step` makes steps of them."""
+"""One client: its front and tail, and the passes that cross its edge. `elsa_pl.tiers.step` makes steps of them.
+
+- three-part: front, then the middle at the edge, then the tail, with the labels;
+- two-part: front, then all the rest at the edge, to which the labels go, and which answers with the loss;
+- uncut: the front is the whole model.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed.autograd as dist_autograd
 from torch import Tensor
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from elsa_pl.errors import RemoteError
 from elsa_pl.functional.pooling import TokenPooling, pool_batch
@@ -15,7 +21,7 @@ from elsa_pl.links import Traffic, crossing
 from elsa_pl.rpc.remote import PendingCall, call, start_call
 from elsa_pl.tiers.front import FrontModule
 from elsa_pl.tiers.tail import TailModule
-from elsa_pl.tiers.tier import StepKey
+from elsa_pl.tiers.tier import StepKey, Tier
 
 Batch = Mapping[str, Tensor]
 
@@ -58,7 +64,7 @@ class Client:
     Args:
         name: client name.
         front: its front.
-        tail: its tail.
+        tail: its tail; None where the edge has the head, or the front is the whole model.
         edge: where its middle runs.
         device: where front and tail compute.
         pooling: of tokens, at the two cuts.
@@ -69,7 +75,7 @@ class Client:
         self,
         name: str,
         front: FrontModule,
-        tail: TailModule,
+        tail: TailModule | None,
         edge: EdgeAddress,
         *,
         device: torch.device,
@@ -80,6 +86,16 @@ class Client:
         self.traffic = Traffic()
         self._pooling, self._device = pooling, device
         self._wire = device if device_to_device else torch.device("cpu")
+
+    @property
+    def uncut(self) -> bool:
+        """Whether the front is the whole model, so that no pass crosses the edge."""
+        return self.front.part.last
+
+    @property
+    def tiers(self) -> list[Tier]:
+        """What this client computes."""
+        return [self.front] if self.tail is None else [self.front, self.tail]
 
     def backward(self, context_id: int, loss: Tensor) -> None:
         """Run remote autograd: gradients of all three parts, in the context.
@@ -109,7 +125,7 @@ class Client:
     def forward(
         self, batch: Batch, key: StepKey, place: tuple[int | str, ...] = (), slots: Tensor | None = None
     ) -> Any:
-        """The model's output on a batch through the whole pipeline.
+        """The model's output on a batch through the whole pipeline; in a two-part split training has no `logits`.
 
         Args:
             batch: `input_ids`, `attention_mask` and `labels`.
@@ -118,12 +134,21 @@ class Client:
             slots: of the texts, if the uplink remembers any. [B]
         """
         batch = {name: value.to(self._device) for name, value in batch.items()}
+        if self.uncut:
+            with self.front.computing(key):
+                return self.front.part(batch)
         behind = pool_batch(batch, self._pooling.uplink)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
         number = derive_seed(*(("evaluation", *place) if key is None else key))
         with self.front.computing(key), crossing(number, mask, slots) as passing:
             sent = self.front(batch).to(self._wire)
         beside = [mask] if passing.slots is None else [mask, passing.slots]
+        if self.tail is None:
+            labels = batch["labels"].to(self._wire) if "labels" in batch else None
+            self.traffic.crossed("uplink", sent, *beside, *([] if labels is None else [labels]))
+            loss, logits = self.ask_edge("finish", sent, mask, labels, key, number).wait()
+            self.traffic.crossed("downlink", *(value for value in (loss, logits) if value is not None))
+            return SequenceClassifierOutput(loss=loss, logits=logits)
         self.traffic.crossed("uplink", sent, *beside)
         received = self.ask_edge("forward", sent, mask, key, number, passing.slots).wait()
         self.traffic.crossed("downlink", received)
@@ -141,6 +166,7 @@ class Client:
         Raises:
             RemoteError: the edge is gone.
         """
+        assert self.tail is not None, "PrivacyAudit refuses other cuts"
         batch = {name: value.to(self._device) for name, value in batch.items()}
         number = derive_seed("audit", *place)
         with self.front.computing(None), crossing(number):
@@ -170,18 +196,18 @@ class Client:
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters of front and tail, by global layer name."""
-        return {**self.front.adapters(), **self.tail.adapters()}
+        return {name: value for tier in self.tiers for name, value in tier.adapters().items()}
 
     def load(self, adapters: Mapping[str, Tensor]) -> None:
         """Take over the adapters of front and tail."""
-        self.front.load(adapters)
-        self.tail.load(adapters)
+        for tier in self.tiers:
+            tier.load(adapters)
 
     def link_tensors(self) -> set[str]:
         """Names of what its ends of links are fitted to or train."""
-        return self.front.link_tensors() | self.tail.link_tensors()
+        return {name for tier in self.tiers for name in tier.link_tensors()}
 
     def reset_optimizers(self) -> None:
         """Forget the optimizer state of front and tail; the edge does so for the middle."""
-        self.front.reset_optimizer()
-        self.tail.reset_optimizer()
+        for tier in self.tiers:
+            tier.reset_optimizer()

@@ -7,17 +7,21 @@ import torch
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.pooling import TokenPooling
 from elsa_pl.hooks import asks, hooks
 from elsa_pl.links import LINKS, PREFIX, Codec, Link, Stage
 from elsa_pl.partition import SplitPlan
 from elsa_pl.tiers.evaluation import EvaluatedModel
 from elsa_pl.tiers.parameters import ParameterTree
 
+_LINKS_OF: dict[str, tuple[Link, ...]] = {"three-part": LINKS, "two-part": ("uplink",), "uncut": ()}
+
 
 class LinkedModel(EvaluatedModel):
     """The part of `elsa_pl.tiers.SplitModel` that is about links."""
 
     client_plans: dict[str, SplitPlan]
+    token_pooling: TokenPooling
     adapters: ParameterTree
 
     def __init__(self) -> None:
@@ -48,7 +52,7 @@ class LinkedModel(EvaluatedModel):
         return {
             link: Codec(f"{link}.{cut_at}", link, stages, self._hidden_size, client)
             for link, stages in self.link_stages().items()
-            if stages
+            if stages and link in _LINKS_OF[plan.kind]
         }
 
     def fit_stages(self, trainer: Any, plan: SplitPlan, hidden_size: int) -> None:
@@ -65,6 +69,24 @@ class LinkedModel(EvaluatedModel):
         self.trainer = trainer
         self._hidden_size = hidden_size
         self.codecs(plan)
+        plans = [plan, *self.client_plans.values()]
+        links = [link for link in LINKS if all(link in _LINKS_OF[plan.kind] for plan in plans)]
+        for link, missing, pooling in (
+            ("uplink", "a middle", self.token_pooling.uplink),
+            ("downlink", "a tail", self.token_pooling.downlink),
+        ):
+            if pooling is not None and link not in links:
+                raise ConfigurationError(
+                    f"token_pooling.{link} needs the {link}, which a plan without {missing} does not have: leave it"
+                    " out, or cut the model in three"
+                )
+        for check in hooks(trainer, "check_links"):
+            check(links)
+        if "uplink" not in links and any(self.link_stages().values()):
+            raise ConfigurationError(
+                "a client that computes the whole model has no links: leave out the callbacks that encode them, or"
+                " give model.plan a middle"
+            )
         learning = any(stage.trains for stages in self.link_stages().values() for stage in stages)
         if learning and (asks(trainer, "on_plan_clients") or self.client_plans):
             raise ConfigurationError(

@@ -51,7 +51,7 @@ class ProbeModel:
         self._task, self._device, self._precision = task, device, precision
         self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._pooling = pooling
-        self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
+        self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
 
     def adapters(self) -> dict[str, Tensor]:
         """Copies of the adapters that it has now, by global layer name."""
@@ -96,7 +96,7 @@ class ProbeModel:
             plan: with the middle filled in.
             codecs: fitted in place.
         """
-        front, middle, _ = self._parts_for(plan)
+        front, middle = self._parts_for(plan)[:2]  # who has links is cut
         uplink, downlink = codecs.get("uplink"), codecs.get("downlink")
         behind = [pool_batch(self._moved(batch), self._pooling.uplink) for batch in batches]
         with torch.no_grad(), self._precision():
@@ -116,11 +116,10 @@ class ProbeModel:
                 outputs = [self._leaving(middle, batch, states) for batch, states in zip(behind, sent, strict=True)]
                 downlink.fit(_rows(outputs, [pool_batch(batch, self._pooling.downlink) for batch in behind]), uplink)
 
-    def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
+    def _parts_for(self, plan: SplitPlan) -> tuple[Part, ...]:
         """The parts, which share this model's weights."""
         if plan not in self._parts:
-            front, middle, tail = cut(self._model, plan)
-            self._parts[plan] = front.eval(), middle.eval(), tail.eval()
+            self._parts[plan] = tuple(part.eval() for part in cut(self._model, plan))
         return self._parts[plan]
 
     def _moved(self, batch: Batch) -> dict[str, Tensor]:
@@ -163,12 +162,15 @@ class ProbeModel:
         return output, output.hidden_states[-1]
 
     def _pass_through_parts(self, inputs: Batch, plan: SplitPlan) -> tuple[Any, Tensor]:
-        front, middle, tail = self._parts_for(plan)
+        front, *middles, last = self._parts_for(plan)
         behind = pool_batch(inputs, self._pooling.uplink)
+        states = self._entering(front, inputs)
+        for middle in middles:
+            states = self._leaving(middle, behind, states)
         found: list[Tensor] = []
-        handle = on_states(find_blocks(tail.model)[1][-1], found.append)
+        handle = on_states(find_blocks(last.model)[1][-1], found.append)
         try:
-            output = tail(self._last(inputs), self._leaving(middle, behind, self._entering(front, inputs)))
+            output = last(self._last(inputs), states)
         finally:
             handle.remove()
         return output, found[0]

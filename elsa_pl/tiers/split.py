@@ -33,8 +33,10 @@ from elsa_pl.tiers.linked import LinkedModel
 from elsa_pl.tiers.middle import MiddleModule
 from elsa_pl.tiers.parameters import ParameterTree
 from elsa_pl.tiers.probes import ProbeModel, num_workers
+from elsa_pl.tiers.rest import RestModule
 from elsa_pl.tiers.step import Clipping, StepSettings
 from elsa_pl.tiers.tail import TailModule
+from elsa_pl.tiers.tier import Tier
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +119,7 @@ class SplitModel(LinkedModel):
         # in a list, because a module's attribute would be part of its state_dict, and a checkpoint without the base
         # model could not be loaded
         self._held: list[PeftModel] = []
-        self._parts: dict[SplitPlan, tuple[Part, Part, Part]] = {}
+        self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
         self._resolved_plan: SplitPlan | None = None
         self._checked: set[SplitPlan] = set()
 
@@ -219,7 +221,7 @@ class SplitModel(LinkedModel):
         """Refuse stages of links that do not fit, before any process starts: see `fit_stages`."""
         self.fit_stages(trainer, self.plan.resolve(num_blocks(self._base)), _hidden_size(self._base))
 
-    def _parts_for(self, plan: SplitPlan) -> tuple[Part, Part, Part]:
+    def _parts_for(self, plan: SplitPlan) -> tuple[Part, ...]:
         if plan not in self._parts:
             self._parts[plan] = cut(self._base, plan)
         return self._parts[plan]
@@ -252,28 +254,32 @@ class SplitModel(LinkedModel):
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
 
-    def make_ends(self, client: str, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule]:
-        """A client's front and tail: adapters of its own, frozen weights shared with all others of this process."""
-        front, _, tail = self._parts_for(plan)
+    def make_ends(self, client: str, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule | None]:
+        """A client's front, and tail if it has one: adapters of its own, frozen weights shared in this process."""
+        parts = self._parts_for(plan)
         shared = (self.make_optimizer, self.precision_on(device), device)
         codecs = self.codecs(plan, client)
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
         return (
-            FrontModule(replicate(front), *shared, encode=encode, pooling=self.token_pooling.uplink),
-            TailModule(replicate(tail), *shared, decode=decode),
+            FrontModule(replicate(parts[0]), *shared, encode=encode, pooling=self.token_pooling.uplink),
+            TailModule(replicate(parts[2]), *shared, decode=decode) if plan.kind == "three-part" else None,
         )
 
-    def make_middle(self, client: str, plan: SplitPlan, device: torch.device) -> MiddleModule:
-        """A client's session at its edge."""
-        _, middle, _ = self._parts_for(plan)
+    def make_session(self, client: str, plan: SplitPlan, device: torch.device) -> Tier | None:
+        """A client's session at its edge; None where it needs none."""
+        if plan.kind == "uncut":
+            return None
+        part = replicate(self._parts_for(plan)[1])
+        shared = (self.make_optimizer, self.precision_on(device), device)
         codecs = self.codecs(plan, client)
+        decode = codecs["uplink"].side("decoder") if "uplink" in codecs else None
+        if plan.kind == "two-part":
+            return RestModule(part, *shared, decode=decode)
         return MiddleModule(
-            replicate(middle),
-            self.make_optimizer,
-            self.precision_on(device),
-            device,
-            decode=codecs["uplink"].side("decoder") if "uplink" in codecs else None,
+            part,
+            *shared,
+            decode=decode,
             encode=codecs["downlink"].side("encoder") if "downlink" in codecs else None,
             pooling=self.token_pooling.downlink,
         )
@@ -432,5 +438,5 @@ def _hidden_size(model: PeftModel) -> int:
     return int(config.get_text_config().hidden_size)
 
 
-def _adapters_of(parts: tuple[Part, Part, Part]) -> dict[str, Tensor]:
+def _adapters_of(parts: tuple[Part, ...]) -> dict[str, Tensor]:
     return {name: value for part in parts for name, value in part.adapters().items()}

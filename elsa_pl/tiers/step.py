@@ -8,6 +8,8 @@
         ... all passes of the step ...
     [6] optimizer step                    [6] optimizer step
 
+In other cuts the edge answers with the loss (no tail), or has no part in it (no middle).
+
 A pass is one micro-batch. Each runs in a thread of its own with an autograd context of its own, which keeps client and
 edge busy at the same time; one context for all would make each wait for the slowest. Gradients are summed in the order
 of the passes, whichever ends first, so that two runs are equal bit for bit.
@@ -132,28 +134,36 @@ class Step:
                     " learning rate, clip gradients (gradient_clip_val), or look at this client's data"
                 )
             client.backward(context_id, loss * share / self._num_batches)
-            if self._edge_steps_at_once:
+            pending = None
+            if client.uncut:
+                pass
+            elif self._edge_steps_at_once:
                 pending = client.ask_edge("collect_and_step", context_id, settings.lr_factor, settings.clipping.value)
             else:
                 pending = client.ask_edge("collect", number, context_id)
             gradients = dist_autograd.get_gradients(context_id)
-            client.front.collect_gradients(number, gradients)
-            client.tail.collect_gradients(number, gradients)
-            pending.wait()  # inside the context: leaving it frees the gradients over there too
+            for tier in client.tiers:
+                tier.collect_gradients(number, gradients)
+            if pending is not None:
+                pending.wait()  # inside the context: leaving it frees the gradients over there too
         return value
 
     def _step_optimizers(self) -> None:
         client, clipping = self._client, self._settings.clipping
         scale = 1.0
         if clipping.norm is not None:
-            edge_norms = client.ask_edge("gradient_norms").wait()
-            norms = client.front.gradient_norms() + edge_norms + client.tail.gradient_norms()
+            norms = client.front.gradient_norms()
+            if not client.uncut:
+                norms += client.ask_edge("gradient_norms").wait()
+            if client.tail is not None:
+                norms += client.tail.gradient_norms()
             # the same arithmetic as torch.nn.utils.clip_grad_norm_ on the uncut model
             total = torch.linalg.vector_norm(torch.tensor(norms))
             scale = min(1.0, (clipping.norm / (total + 1e-6)).item())
         how = (self._settings.lr_factor, scale, clipping.value)
-        stepping = None if self._edge_steps_at_once else client.ask_edge("step_optimizer", *how)
-        client.front.step_optimizer(*how)
-        client.tail.step_optimizer(*how)
+        at_edge = not client.uncut and not self._edge_steps_at_once
+        stepping = client.ask_edge("step_optimizer", *how) if at_edge else None
+        for tier in client.tiers:
+            tier.step_optimizer(*how)
         if stepping is not None:
             stepping.wait()

@@ -209,9 +209,22 @@ def test_a_language_models_head() -> None:
     assert language.activation_bytes - classifier.activation_bytes > 2 * 30522 * 16 * BYTES_PER_NUMBER * 0.99
 
 
-@pytest.mark.parametrize("plan", [(0, 5, 1), (1, 0, 5), (3, 3, 0), (1, 1, 1), (2, 4, 2)])
+def test_without_a_tail_or_a_middle() -> None:
+    work = Workload(shape=MINILM, batch_size=8, num_tokens=48)
+    three, two, whole = (step_costs(work, plan) for plan in ((1, 4, 1), (1, 5, 0), (6, 0, 0)))
+    assert round(total(two)) == round(total(whole)) == round(total(three))
+    assert whole.client_flops == pytest.approx(total(whole))
+    assert whole.up_bytes == whole.down_bytes == whole.link_bytes == whole.num_messages == 0
+    # half of what crosses, but for the mask
+    assert two.down_bytes == three.down_bytes / 2
+    assert two.up_bytes - three.up_bytes / 2 == pytest.approx(8 * 48 / 2)
+    assert two.tail_flops == 0
+    assert two.client_bytes < three.client_bytes < whole.client_bytes
+
+
+@pytest.mark.parametrize("plan", [(0, 5, 1), (1, 0, 5), (5, 0, 1), (7, 0, -1), (1, 1, 1), (2, 4, 2)])
 def test_plans_that_do_not_fit(plan: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match=rf"at least 1 block, 6 in all; got \({plan[0]}, {plan[1]}, {plan[2]}\)"):
+    with pytest.raises(ValueError, match=rf"all in the front, 6 in all; got \({plan[0]}, {plan[1]}, {plan[2]}\)"):
         step_costs(Workload(shape=MINILM, batch_size=1, num_tokens=1), plan)
 
 
