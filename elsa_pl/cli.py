@@ -174,8 +174,13 @@ class ElsaCLI(LightningCLI):
             config.checkpoint.monitor = "val_accuracy" if accuracy else "val_loss"
             config.checkpoint.mode = "max" if accuracy else "min"
         if config.trainer.logger is None:
-            init_args = {"save_dir": str(self.run_dir), "name": "", "version": ""}
-            config.trainer.logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": init_args}
+            config.trainer.logger = [
+                {
+                    "class_path": f"lightning.pytorch.loggers.{logger}",
+                    "init_args": {"save_dir": str(self.run_dir), "name": folder, "version": ""},
+                }
+                for logger, folder in (("CSVLogger", ""), ("TensorBoardLogger", "tensorboard"))
+            ]
         config.trainer.default_root_dir = config.trainer.default_root_dir or str(self.run_dir)
 
     def instantiate_classes(self) -> None:
@@ -292,7 +297,8 @@ class ElsaCLI(LightningCLI):
             return
         adapter = self.run_dir / "adapter"
         export_adapter(self.model, adapter)
-        self._finish(metrics, {"fit": trained, "test": tested}, adapter)
+        rounds = read_checkpoint(Path(best))["elsa_totals"]["num_rounds"] if best else self.model.num_rounds
+        self._finish(metrics, {"fit": trained, "test": tested}, adapter, rounds)
 
     def validate(self, **kwargs: Any) -> None:
         """Validate, and write the summary."""
@@ -313,10 +319,18 @@ class ElsaCLI(LightningCLI):
         if strategy.own_client is not None or (_is_first() and strategy.layout != "site"):
             print(f"predictions: {self.predictions.path}", flush=True)
 
-    def _finish(self, metrics: Mapping[str, Any], seconds: dict[str, float], adapter: Path | None = None) -> None:
+    def _finish(
+        self,
+        metrics: Mapping[str, Any],
+        seconds: dict[str, float],
+        adapter: Path | None = None,
+        tested_round: int | None = None,
+    ) -> None:
         seconds["total"] = time.monotonic() - self._started
         stage: Literal["val", "test"] = "val" if self.subcommand == "validate" else "test"
-        summary = summarise(self.model, metrics, seconds=seconds, adapter=adapter, stage=stage)
+        summary = summarise(
+            self.model, metrics, seconds=seconds, adapter=adapter, stage=stage, tested_round=tested_round
+        )
         write_summary(self.run_dir / "summary.json", summary)
         print(closing(summary, self.run_dir, self.model), flush=True)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 from collections.abc import Mapping
 from datetime import datetime
 from importlib.metadata import version
@@ -13,7 +14,8 @@ from elsa_pl.errors import ConfigurationError
 if TYPE_CHECKING:
     from elsa_pl.tiers import SplitModel
 
-_PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
+# whose versions a run and a suite say
+PACKAGES = ("torch", "lightning", "transformers", "peft", "torchmetrics", "datasets", "numpy")
 _LINKS = (
     "uplink/forward",
     "uplink/backward",
@@ -76,6 +78,7 @@ def summarise(
     seconds: Mapping[str, float],
     adapter: Path | None,
     stage: Literal["test", "val"] = "test",
+    tested_round: int | None = None,
 ) -> dict[str, Any]:
     """The contents of ``summary.json``; its keys are stable.
 
@@ -85,14 +88,16 @@ def summarise(
         seconds: wall seconds of further phases.
         adapter: where the adapter lies.
         stage: which of the two it was.
+        tested_round: number of rounds, from 1, behind the adapters that were tested.
 
     Returns:
         - ``test_accuracy``, ``test_f1`` (macro), ``test_loss``, ``test_perplexity`` of the model in parts, and with
           ``test_merged_`` in front of the merged model; after a validation ``val_accuracy`` and so on. None where
           there is no test or the task has no such figure;
-        - ``rounds``: global rounds trained;
+        - ``rounds``: global rounds trained; ``tested_round``: the one whose adapters were tested and exported;
         - ``bytes``: payload bytes by link and direction, over all clients and rounds, and ``total``;
         - ``seconds``: wall seconds by phase;
+        - ``peak_bytes``: the most memory that this process has held;
         - ``versions``, ``seed``, ``adapter``.
     """
     prefixes = ("test", "test_merged") if stage == "test" else ("val",)
@@ -105,9 +110,11 @@ def summarise(
     return {
         **{name: float(metrics[name]) if name in metrics else None for name in names},
         "rounds": module.num_rounds,
+        "tested_round": tested_round,
         "bytes": num_bytes,
         "seconds": {name: round(value, 3) for name, value in {**module.seconds, **seconds}.items()},
-        "versions": {"elsa_pl": version("elsa_pl"), **{package: version(package) for package in _PACKAGES}},
+        "peak_bytes": 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,  # which Linux counts in KiB
+        "versions": {"elsa_pl": version("elsa_pl"), **{package: version(package) for package in PACKAGES}},
         "seed": module.seed,
         "adapter": str(adapter) if adapter else None,
     }

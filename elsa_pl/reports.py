@@ -16,6 +16,7 @@ _LEFT_BEHIND = {
     "checkpoints": "the best round, and last.ckpt to go on from",
     "predictions.csv": "what the model says about each row",
     "metrics.csv": "figures of every round",
+    "tensorboard": "the same, for TensorBoard",
     "summary.json": "the outcome",
     "config.yaml": "all settings",
 }

@@ -125,6 +125,11 @@ CASES: list[Case] = [
     ),
     ("participation", [f"{STRATEGY}participation", "0"], ["participation", "(0, 1]", "0.0"]),
     ("aggregator", [f"{STRATEGY}aggregator", "meen"], ["aggregator", "'meen'", "'mean'"]),
+    (
+        "alone-in-processes",
+        [f"{STRATEGY}aggregator", "none", f"{STRATEGY}layout", "tiers"],
+        ["aggregator='none'", "layout='tiers'", "single"],
+    ),
     ("no-checkpoint", ["--ckpt_path", "none.ckpt"], ["ckpt_path", "'none.ckpt'"]),
     ("checkpoint-folder", ["--ckpt_path", "."], ["ckpt_path", "'.'"]),
     ("checkpoint-of-others", ["--ckpt_path", "other.ckpt"], ["ckpt_path", "'other.ckpt'"]),

@@ -1,8 +1,11 @@
 """What a run writes about itself: checkpoints, metrics, bytes and the summary."""
 
+import struct
 from pathlib import Path
 
+import pandas as pd
 import pytest
+from tensorboardX.proto import event_pb2
 
 from elsa_pl.partition import SplitPlan, cut
 from tests.runs import Run, Settings, assert_equal, make_data, make_module, run_here, write_data
@@ -61,13 +64,18 @@ def test_summary(run: Run) -> None:
         "test_merged_loss",
         "test_merged_perplexity",
         "rounds",
+        "tested_round",
         "bytes",
         "seconds",
+        "peak_bytes",
         "versions",
         "seed",
         "adapter",
     ]
     assert summary["rounds"] == 5
+    accuracies = [run.metrics()[epoch]["val_accuracy"] for epoch in range(5)]
+    assert summary["tested_round"] == 1 + accuracies.index(max(accuracies))
+    assert 5e7 < summary["peak_bytes"] < 2e10
     assert summary["test_perplexity"] is None
     assert {"steps", "aggregation", "fit", "test", "total"} <= summary["seconds"].keys()
     assert {"elsa_pl", "torch", "lightning", "transformers", "peft"} <= summary["versions"].keys()
@@ -134,3 +142,34 @@ def test_bytes_of_a_round_count_its_participants(tmp_path: Path, data_settings: 
     ends, whole = ends_and_whole(settings)
     for epoch in range(2):
         assert run.metrics()[epoch]["bytes/adapters/up"] == 2 * ends + whole
+
+
+def events(folder: Path) -> dict[tuple[str, int], float]:
+    """The scalars in TensorBoard's files, by name and step: records of a length, a checksum, an event and another."""
+    found = {}
+    for path in folder.glob("events.*"):
+        content = path.read_bytes()
+        while content:
+            (size,) = struct.unpack("<Q", content[:8])
+            event = event_pb2.Event.FromString(content[12 : 12 + size])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            content = content[16 + size :]
+    return found
+
+
+def test_tensorboard_has_what_the_table_has(run: Run) -> None:
+    found = events(run.folder / "tensorboard")
+    table = pd.read_csv(run.folder / "metrics.csv").set_index("step")
+    for name in ("train_loss", "val_accuracy", "bytes/adapters/up", "test_accuracy"):
+        rows = table[name].dropna()
+        assert len(rows) == (1 if name == "test_accuracy" else 5)
+        assert {step: found[name, step] for step in rows.index} == pytest.approx(rows.to_dict(), rel=1e-6)
+
+
+def test_other_loggers(tmp_path: Path, data_settings: Settings) -> None:
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "logs")}}
+    run = run_here(tmp_path, "run", {**data_settings, "trainer.logger": logger})
+    (table,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert pd.read_csv(table)["val_accuracy"].count() == 2
+    assert not (run.folder / "tensorboard").exists()
+    assert not (run.folder / "metrics.csv").exists()

@@ -120,6 +120,49 @@ def test_one_edge_is_fedavg_on_the_uncut_model(tmp_path: Path, data_settings: Se
     assert moved(expected[2], expected[1])
 
 
+UNCUT = {"model.plan": {"front": 4, "middle": 0, "tail": 0}}
+
+
+def test_clients_that_train_alone(tmp_path: Path, data_settings: Settings) -> None:
+    """The first round is that of averaging, but nobody gets the mean, and nothing is sent."""
+    settings = {**data_settings, **UNCUT, "strategy.reset_optimizer": False, "checkpoint.save_top_k": -1}
+    settings |= {"trainer.max_epochs": 3}
+    alone = run_here(tmp_path, "alone", {**settings, "strategy.aggregator": "none"})
+    averaged = run_here(tmp_path, "averaged", settings)
+    assert_equal(alone.adapters(0), averaged.adapters(0))
+    assert moved(alone.adapters(1), averaged.adapters(1))
+    assert alone.summary()["bytes"]["total"] == 0
+    assert averaged.summary()["bytes"]["total"] > 0
+    own = [alone.content(epoch)["elsa_own_adapters"] for epoch in (0, 1)]
+    clients = sorted(own[0])
+    assert len(clients) == 4
+    assert all(moved(own[1][client], own[0][client]) for client in clients)
+    assert all(moved(own[1][clients[0]], own[1][client]) for client in clients[1:])
+    # the texts are dealt to the clients, each with adapters of its own
+    accuracies = [run.metrics()[1]["val_loss"] for run in (alone, averaged)]
+    assert accuracies[0] != accuracies[1]
+
+
+def test_a_client_alone_is_all_the_federation(tmp_path: Path, data_settings: Settings) -> None:
+    settings = {**data_settings, "data.num_clients": 1, "trainer.max_epochs": 3}
+    one, alone = (run_here(tmp_path, name, {**settings, "strategy.aggregator": name}) for name in ("mean", "none"))
+    assert_equal(alone.adapters(), one.adapters())
+    assert alone.summary()["test_accuracy"] == one.summary()["test_accuracy"]
+    assert alone.summary()["tested_round"] == one.summary()["tested_round"]
+
+
+def test_who_trained_alone_goes_on_alone(tmp_path: Path, data_settings: Settings) -> None:
+    settings = {**data_settings, **UNCUT, "strategy.aggregator": "none", "checkpoint.save_top_k": -1}
+    whole = run_here(tmp_path, "whole", {**settings, "trainer.max_epochs": 3})
+    again = {**settings, "trainer.max_epochs": 3, "ckpt_path": str(whole.checkpoint(0))}
+    resumed = run_here(tmp_path, "resumed", again)
+    own = [run.content()["elsa_own_adapters"] for run in (whole, resumed)]
+    for client, adapters in own[0].items():
+        assert_equal(own[1][client], adapters)
+    for epoch in (1, 2):
+        assert resumed.metrics()[epoch]["val_loss"] == whole.metrics()[epoch]["val_loss"]
+
+
 def test_two_edges_and_edge_rounds_are_fedavg_in_two_levels(tmp_path: Path, data_settings: Settings) -> None:
     """With dropout and accumulation; an optimizer's state lives through the edge rounds of a global round."""
     settings = {

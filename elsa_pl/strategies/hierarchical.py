@@ -38,6 +38,8 @@ from elsa_pl.strategies.topology import CLOUD, Layout, Topology
 
 log = logging.getLogger(__name__)
 
+ALONE = "none"  # an aggregator that merges nothing
+
 _RPC_THREADS_PER_PASS = 2
 _SPARE_RPC_THREADS = 8
 
@@ -55,7 +57,8 @@ class HierarchicalStrategy(RpcStrategy):
         local_steps: optimizer steps of each client per edge round.
         participation: fraction of the clients that take part in a global round.
         aggregator: name of the merging rule, at the edges and at the cloud, one of
-            `elsa_pl.functional.aggregation.AGGREGATORS`.
+            `elsa_pl.functional.aggregation.AGGREGATORS`. ``none``, in layout ``single``: no federation. Each client
+            trains alone, evaluation texts are dealt to the clients, and the mean of their adapters is exported.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -118,8 +121,12 @@ class HierarchicalStrategy(RpcStrategy):
             raise ConfigurationError(f"port must be in [0, 65535]; got {port}: 0 takes any free one")
         if not 0 < participation <= 1:
             raise ConfigurationError(f"participation must be in (0, 1]; got {participation}")
-        if aggregator not in AGGREGATORS:
-            raise ConfigurationError(f"aggregator must be one of {sorted(AGGREGATORS)}; got {aggregator!r}")
+        if aggregator not in (*AGGREGATORS, ALONE):
+            raise ConfigurationError(f"aggregator must be one of {[*sorted(AGGREGATORS), ALONE]}; got {aggregator!r}")
+        if aggregator == ALONE and layout != "single":
+            raise ConfigurationError(
+                f"aggregator={ALONE!r} is a comparison within one process; got layout={layout!r}: set layout to single"
+            )
         if layout == "site" and (role is None or (name is None and role != "cloud")):
             raise ConfigurationError(
                 f"in the site layout every process names itself; got role={role!r}, name={name!r}: set role to cloud,"
@@ -143,6 +150,8 @@ class HierarchicalStrategy(RpcStrategy):
         self.call_timeout_s, self.round_timeout_s = call_timeout_s, round_timeout_s
 
         self.log_dir = Path("runs")
+        # of clients that train alone
+        self.own_adapters: dict[str, dict[str, Tensor]] = {}
         self._rounds: Rounds | None = None
         self._launched: Address | None = None
         self._fleet: Fleet | None = None
@@ -425,6 +434,7 @@ class HierarchicalStrategy(RpcStrategy):
             corrupt=lambda *submitted: self.fleet.corrupt(*submitted),
             passes_in_flight=self.passes_in_flight,
             reporter=reporter,
+            own=self.own_adapters,
         )
 
     @property
@@ -498,6 +508,11 @@ class HierarchicalStrategy(RpcStrategy):
 
     def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
         """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""
+        if self.aggregator == ALONE:
+            self._module.load_global_adapters(self.rounds.keep_own())
+            if last:
+                self.fleet.place()
+            return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
         if mean is not None:
             self._module.load_global_adapters(mean)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from elsa_pl.errors import RemoteError, RunFailed
+from elsa_pl.functional.aggregation import weighted_mean
 from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.rpc import remote
 from elsa_pl.rpc.edge import EdgeService
@@ -72,6 +73,7 @@ class Rounds:
             that it had received, and global and edge round. None where it submits nothing.
         passes_in_flight: passes that this process' clients run at the same time.
         reporter: tells the cloud how far the clients are.
+        own: adapters of clients that train alone; see `keep_own`.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Rounds:
         corrupt: Corrupt,
         passes_in_flight: int,
         reporter: ProgressReporter,
+        own: dict[str, dict[str, Tensor]],
     ) -> None:
         self.world, self.topology, self.edges = world, topology, edges
         self.local_names = list(client_sizes)
@@ -93,7 +96,7 @@ class Rounds:
         self.clients: dict[str, Client] = {}
         self._sizes, self._aggregate, self._inspect, self._corrupt = client_sizes, aggregate, inspect, corrupt
         self._received: dict[str, dict[str, Tensor]] = {}
-        self._reporter = reporter
+        self._reporter, self._own = reporter, own
         self._crew = Crew(passes_in_flight if client_sizes else 0)
         self._given_up: set[str] = set()
         self._traffic: Counter[str] = Counter()
@@ -126,9 +129,12 @@ class Rounds:
             client.edge = replace(client.edge, worker=topology.edges[edge], service=edge)
 
     def load(self, adapters: Mapping[str, Tensor]) -> None:
-        """Everything in this process takes over the global adapters."""
-        for tier in [*self.clients.values(), *self._sessions()]:
-            tier.load(adapters)
+        """Everything in this process takes over the global adapters, but for clients that train alone."""
+        for name, client in self.clients.items():
+            client.load(self._own.get(name, adapters))
+        for edge in self.edges.values():
+            for name, session in edge.sessions.items():
+                session.load(self._own.get(name, adapters))
         self._received = {name: client.adapters() for name, client in self.clients.items()}
 
     def count_published(self, adapters: Mapping[str, Tensor]) -> None:
@@ -259,6 +265,13 @@ class Rounds:
             mean = self._aggregate_cloud(key, participants)
         self._seconds["aggregation"] += time.monotonic() - start
         return mean
+
+    def keep_own(self) -> dict[str, Tensor]:
+        """Keep each client's adapters as its own, since nobody sends any; returns their mean, which nobody gets."""
+        for name, client in self.clients.items():
+            edge = self.edges[client.edge.service]
+            self._own[name] = {**client.adapters(), **edge.adapters_of(name)}
+        return weighted_mean([self._own[name] for name in self.clients], [self._sizes[name] for name in self.clients])
 
     def _submit(self, key: tuple[int, int], names: list[str]) -> None:
         for name in names:

@@ -421,8 +421,10 @@ class SplitModel(LinkedModel):
             "num_bytes": dict(self.num_bytes),
             "seconds": dict(self.seconds),
         }
+        checkpoint["elsa_own_adapters"] = self._strategy.own_adapters
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
             return

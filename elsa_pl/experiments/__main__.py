@@ -1,0 +1,170 @@
+"""``python -m elsa_pl.experiments run SUITE.yaml`` and ``report FOLDER``."""
+
+import argparse
+import contextlib
+import io
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+
+from elsa_pl.errors import ConfigurationError, ElsaError
+from elsa_pl.experiments.cells import Cell, Outcome, run_cells
+from elsa_pl.experiments.results import check_folder, write_results
+from elsa_pl.experiments.suites import CPU_SIZE, Suite, choose, load_suite
+
+
+def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
+    """All runs of a suite, seed by seed, so that what there is of an interrupted suite can be compared."""
+    cells = []
+    for seed in suite.seeds:
+        for case, data_set, method in suite.combinations():
+            config = suite.configuration(case, data_set, method)
+            config |= {"seed_everything": seed, "data_root": str(data_root)}
+            place = {"case": case, "data_set": data_set, "method": method, "seed": seed}
+            cells.append(Cell(f"{data_set}-{method}-{case}-{seed}", config, place))
+    return cells
+
+
+def check(suite: Suite, cells: Sequence[Cell], folder: Path) -> None:
+    """Have train.py's own parser read each configuration once, before anything runs.
+
+    Raises:
+        ConfigurationError: with the first that it refuses.
+    """
+    from elsa_pl import cli  # here because it takes seconds, and --help needs none of it
+
+    path = folder / "check.yaml"
+    for cell in cells:
+        if cell.place["seed"] != suite.seeds[0]:
+            continue
+        cell.write(path)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                code: object = cli.main(["fit", "--config", str(path), "--print_config"])
+        except SystemExit as ended:
+            code = ended.code
+        if code:
+            raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
+    path.unlink()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a suite, and make its report."""
+    suite = load_suite(args.suite, args.size)
+    for kind, given, known in (
+        ("method", args.methods, suite.methods),
+        ("data_set", args.data_sets, suite.data_sets),
+        ("case", args.cases, suite.cases),
+    ):
+        choose("--" + kind + "s", kind, given or [], known)
+    output: Path = args.output.resolve()
+    folder = output / suite.name
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = {"method": args.methods, "data_set": args.data_sets, "case": args.cases, "seed": args.seeds}
+    chosen = [
+        cell
+        for cell in cells_of(suite, args.data_root.resolve())
+        if all(not names or cell.place[kind] in names for kind, names in wanted.items())
+    ]
+    if not chosen:
+        raise ConfigurationError(f"{args.suite} has no such runs: it has seeds {list(suite.seeds)}")
+    check(suite, chosen, folder)
+    outcomes: dict[str, Outcome] = {}
+    start, ran = time.monotonic(), 0
+    total = len({cell.digest for cell in chosen})
+    print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
+
+    def done(outcome: Outcome) -> None:
+        nonlocal ran
+        outcomes[outcome.cell.digest] = outcome
+        write()
+        if not outcome.seconds:
+            return
+        ran += 1
+        elapsed = time.monotonic() - start
+        left = elapsed / ran * (total - len(outcomes))
+        figure = f"failed: {outcome.error.splitlines()[-1]}" if outcome.run is None else f"{outcome.seconds:.0f} s"
+        print(f"[{len(outcomes)}/{total}] {outcome.cell.name}: {figure}; {_time(left)} left", flush=True)
+
+    def write() -> None:
+        found = [
+            Outcome(cell, outcome.run, outcome.error)
+            for cell in chosen
+            if (outcome := outcomes.get(cell.digest)) is not None
+        ]
+        write_results(folder, suite.describe(), found)
+
+    run_cells(chosen, output / "cells", args.jobs, done)
+    failed = [outcome for outcome in outcomes.values() if outcome.run is None]
+    print(f"{total - len(failed)} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
+    report_on(folder)
+    return 1 if failed else 0
+
+
+def report_on(folder: Path) -> None:
+    """Write a suite's report, and say where it lies."""
+    from elsa_pl.report import write_suite_report  # here because it takes matplotlib
+
+    print(f"table:  {folder / 'results.csv'}\nreport: {write_suite_report(folder)}", flush=True)
+
+
+def report(args: argparse.Namespace) -> int:
+    """Make the report of a suite that has run."""
+    check_folder(args.folder)
+    report_on(args.folder)
+    return 0
+
+
+def parse(args: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m elsa_pl.experiments", description="Suites of runs, and reports.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    running = commands.add_parser("run", help="run what has not run, and make the report")
+    running.add_argument("suite", type=Path, help="such as configs/suites/accuracy.yaml")
+    running.add_argument("--data_root", type=Path, default=Path("data"), help="folder that configurations refer to")
+    running.add_argument("--size", default=CPU_SIZE, help="of the suite; default: cpu")
+    running.add_argument("--output", type=Path, default=Path("runs/experiments"), help="where suites and runs go")
+    running.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one per core")
+    for kind, what in (("methods", "methods"), ("data_sets", "data sets"), ("cases", "cases")):
+        running.add_argument(f"--{kind}", nargs="+", help=f"only these {what}")
+    running.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
+    running.set_defaults(do=run)
+    reporting = commands.add_parser("report", help="make the report of a suite that has run")
+    reporting.add_argument("folder", type=Path, help="such as runs/experiments/accuracy")
+    reporting.set_defaults(do=report)
+    return parser.parse_args(args)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 if runs failed or there is nothing to do, 130 after Ctrl-C."""
+    parsed = parse(args)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        code: int = parsed.do(parsed)
+    except ElsaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        print("stopped; what has ended is kept, and the same command goes on from there", file=sys.stderr)
+        code = 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return code
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
