@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.flower import __main__ as command
 from benchmarks.flower import processes
+from benchmarks.flower.outcome import run_flower
 from benchmarks.flower.recorder import RoundRecorder
 from benchmarks.flower.task import MODEL, PLAN, Task, local_training
 from tests.runs import assert_close, assert_equal, moved, run_here, write_tickets
@@ -109,6 +111,22 @@ def test_rounds_are_equal_but_for_the_order_of_sums(workdir: Path) -> None:
         assert_close(mean.to_torch_state_dict(), expected, atol=1e-6)
         adapters = expected
     assert strategy.up_bytes[0] > sum(4 * value.numel() for value in adapters.values()) * task.num_clients
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+@needs_flower
+def test_a_simulation_leaves_nothing_running(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mark = uuid4()
+    monkeypatch.setattr(processes, "uuid4", lambda: mark)
+    task = make_task(workdir, num_clients=3)
+    outcome = run_flower(task, workdir)
+    assert len(outcome.round_s) == len(outcome.val_accuracy) == task.num_rounds
+    assert min(outcome.cpu_s) > 0
+    assert not processes.marked(mark.hex)
+    first = outcome.adapters(1)  # before the other run writes the same file
+    expected = train_ours(task, workdir)[0]
+    assert_close(first, expected, atol=1e-6)
 
 
 @needs_flower

@@ -74,7 +74,7 @@ def marked(mark: str) -> list[psutil.Process]:
 def end_marked(mark: str) -> None:
     """End the processes of a command: at first they are asked, and after some seconds they are killed."""
     known: dict[int, psutil.Process] = {}
-    for action in ("terminate", "kill"):
+    for action in ("terminate", "kill", "kill"):  # twice: between a look and its kill another one may have started
         known |= {process.pid: process for process in marked(mark)}
         for process in known.values():
             try:

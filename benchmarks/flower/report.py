@@ -129,7 +129,7 @@ def draw(found: Found) -> "Figure":
     accuracy.xaxis.set_major_locator(MaxNLocator(integer=True))
     entries = [drawing.entry(system, colour="#333333", line=look) for look, system in zip(LOOKS, found, strict=True)]
     entries += [drawing.entry(f"seed {seed}", "s", colours[seed]) for seed in seeds]
-    accuracy.legend(handles=entries, fontsize=drawing.FONT_PT, loc="lower right")
+    accuracy.legend(handles=entries, fontsize=drawing.FONT_PT, loc="best")
     for place, runs in enumerate(found.values()):
         for index, (seed, run) in enumerate(runs.items()):
             at = [place + 0.18 * (index - (len(runs) - 1) / 2)] * (len(run.round_s) - 1)
