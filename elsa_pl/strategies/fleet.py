@@ -117,16 +117,17 @@ class Fleet:
         else:
             self.network = draw_network(settings, topology, data, self._module.seed)
 
-    def simulate(self, work: Mapping[str, Work]) -> float | None:
+    def simulate(self, work: Mapping[str, Work], edges_sent: Mapping[str, int]) -> float | None:
         """Simulated seconds of the round that has just ended; None without a profile.
 
         Args:
             work: what each client did in it.
+            edges_sent: bytes that each edge sent to the cloud.
         """
         if self.network is None or self._placed_before is None:
             return None
         adapter_bytes = num_bytes(self._module.global_adapters())
-        return simulate_round(work, self._placed_before, self.network, self.workload, adapter_bytes)
+        return simulate_round(work, self._placed_before, self.network, self.workload, adapter_bytes, edges_sent)
 
     # ---- who is placed where -------------------------------------------------------------------------------------
 

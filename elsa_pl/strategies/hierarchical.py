@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
-from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
+from elsa_pl.functional.aggregation import AGGREGATORS, exact, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.hooks import asks, hooks
@@ -55,7 +55,8 @@ class HierarchicalStrategy(RpcStrategy):
         local_steps: optimizer steps of each client per edge round.
         participation: fraction of the clients that take part in a global round.
         aggregator: name of the merging rule, at the edges and at the cloud, one of
-            `elsa_pl.functional.aggregation.AGGREGATORS`.
+            `elsa_pl.functional.aggregation.AGGREGATORS`. With ``exact`` the edges send the cloud all that their means
+            need, which may be as much as they received.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -506,7 +507,7 @@ class HierarchicalStrategy(RpcStrategy):
             self.publish()
             self.rounds.count_published(self._module.global_adapters())
 
-    def aggregate(self, scope: Scope, updates: list[Update]) -> Update | None:
+    def aggregate(self, scope: Scope, updates: list[Update], final: bool = True) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.
 
         A callback takes part by having ``on_before_aggregate(trainer, scope, updates) -> list[Update]``.
@@ -514,6 +515,7 @@ class HierarchicalStrategy(RpcStrategy):
         Args:
             scope: ``edge`` or ``cloud``.
             updates: what arrived.
+            final: whether the result becomes somebody's adapters, rather than part of another mean.
 
         Returns:
             The merged adapters with the sum of the weights, or None when no update is left.
@@ -526,8 +528,11 @@ class HierarchicalStrategy(RpcStrategy):
         updates = [update for update in updates if update.weight > 0 and update.sender not in bad]
         if not updates:
             return None
-        weights = [update.weight for update in updates]
-        merged = AGGREGATORS[self.aggregator]([update.adapters for update in updates], weights)
+        sent, weights = [update.adapters for update in updates], [update.weight for update in updates]
+        if self.aggregator == "exact":
+            merged = exact(sent, weights, rank=self._module.lora.rank if final else None)
+        else:
+            merged = AGGREGATORS[self.aggregator](sent, weights)
         return Update(scope, sum(weights), merged)
 
 

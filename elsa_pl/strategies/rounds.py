@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 _EVALUATED_TOGETHER = 16  # texts; small enough that a batch keeps several passes in flight
 
 Scope = Literal["edge", "cloud"]
-Aggregate = Callable[[Scope, list[Update]], Update | None]
+Aggregate = Callable[[Scope, list[Update], bool], Update | None]
 Inspect = Callable[[list[Update]], None]
 Corrupt = Callable[[str, Update, Mapping[str, Tensor], tuple[int, int]], Update | None]
 
@@ -66,7 +66,8 @@ class Rounds:
         topology: who runs where.
         client_sizes: training examples of each client of this process, their weight in the means.
         edges: the edges of this process.
-        aggregate: the strategy's aggregation hook.
+        aggregate: the strategy's aggregation hook; called with the place, the updates, and whether its mean is final or
+            will be merged with others.
         inspect: called in every process with the updates that its edges received in a global round, before any mean.
         corrupt: what a faulty client submits instead of its update; called with its name, the update, the adapters
             that it had received, and global and edge round. None where it submits nothing.
@@ -100,6 +101,7 @@ class Rounds:
         self._seconds: dict[str, float] = {"steps": 0.0, "aggregation": 0.0}
         self._results: list[tuple[str, StepResult]] = []
         self._work: dict[str, Counter[str]] = {}
+        self._edges_sent: dict[str, int] = {}
         for name, edge in edges.items():
             remote.serve(name, edge)
             world.serve_board(board_of(name), edge.board)
@@ -290,7 +292,7 @@ class Rounds:
         ]
 
     def _aggregate_edge(self, edge: EdgeService, key: tuple[int, int], updates: list[Update], *, last: bool) -> None:
-        merged = self._aggregate("edge", updates)
+        merged = self._aggregate("edge", updates, not last)
         mean = None if merged is None else merged.adapters
         if mean is not None and not last:
             for session in edge.sessions.values():
@@ -299,6 +301,7 @@ class Rounds:
         if last:  # also without a mean, so that the cloud does not wait for it
             update = None if merged is None else replace(merged, sender=edge.name)
             self._traffic["adapters/up"] += num_bytes(mean or {})
+            self._edges_sent[edge.name] = num_bytes(mean or {})
             timeout_s = self.world.call_timeout_s
             remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, update, timeout_s=timeout_s)
 
@@ -336,7 +339,7 @@ class Rounds:
         answers = self.world.board.collect(("edges", *key), expected, timeout_s)
         received = {edge: update for edge, update in answers.items() if update is not None}
         _report_missing(f"cloud, round {key[0]}", expected, received)
-        merged = self._aggregate("cloud", list(received.values()))
+        merged = self._aggregate("cloud", list(received.values()), True)
         if merged is None:
             raise RunFailed(
                 f"no edge answered in round {key[0]}: nothing to aggregate; the last checkpoint holds the state before"
@@ -365,8 +368,9 @@ class Rounds:
             lost=tuple(sorted(self._given_up)),
             work={name: Work(**work) for name, work in self._work.items()},
             traffic=traffic,
+            edges_sent=self._edges_sent,
         )
-        self._results, self._traffic, self._work = [], Counter(), {}
+        self._results, self._traffic, self._work, self._edges_sent = [], Counter(), {}, {}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return report
 

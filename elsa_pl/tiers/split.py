@@ -371,7 +371,8 @@ class SplitModel(LinkedModel):
         values |= {f"seconds/{name}": value for name, value in seconds.items()}
         values["clients_lost"] = float(sum(len(report.lost) for report in reports))
         work = {client: done for report in reports for client, done in report.work.items()}
-        simulated_s = self._strategy.fleet.simulate(work)
+        edges_sent = {edge: sent for report in reports for edge, sent in report.edges_sent.items()}
+        simulated_s = self._strategy.fleet.simulate(work, edges_sent)
         if simulated_s is not None:
             self.seconds["simulated"] += simulated_s
             values |= {"simulated/round_s": simulated_s, "simulated/time_s": self.seconds["simulated"]}
