@@ -73,7 +73,7 @@ def to_rank(adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         rank: of the result, at least 1.
 
     Returns:
-        New factors, A [rank, I] and B [O, rank]; other tensors are not copied.
+        A [rank, I] and B [O, rank]; what is of that rank already, and all other tensors, are not copied.
 
     Raises:
         ValueError: a rank below 1, or a factor without the other one.
@@ -89,6 +89,8 @@ def to_rank(adapters: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
         raise ValueError(f"expected rank >= 1; got {rank}")
     resized = dict(adapters)
     for name_a, name_b in factor_pairs(adapters):
+        if len(adapters[name_a]) == adapters[name_b].shape[1] == rank:
+            continue
         resized[name_a] = _first_rows(adapters[name_a], rank)
         resized[name_b] = _first_rows(adapters[name_b].mT, rank).mT.contiguous()
     return resized

@@ -17,6 +17,7 @@ from torch import Tensor
 from elsa_pl.datamodules.faults import FaultKind, corrupt
 from elsa_pl.errors import LaunchError, RunFailed
 from elsa_pl.functional.costs import Workload
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings, draw_profile
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.functional.updates import hashed_update
@@ -127,7 +128,8 @@ class Fleet:
         if self.network is None or self._placed_before is None:
             return None
         adapter_bytes = num_bytes(self._module.global_adapters())
-        return simulate_round(work, self._placed_before, self.network, self.workload, adapter_bytes, edges_sent)
+        workloads = {client: replace(self.workload, lora_rank=self._module.rank_of(client)) for client in work}
+        return simulate_round(work, self._placed_before, self.network, workloads, adapter_bytes, edges_sent)
 
     # ---- who is placed where -------------------------------------------------------------------------------------
 
@@ -302,6 +304,8 @@ class Fleet:
                 middle = edge.adapters_of(update.sender)
                 names = [name for name in given if ".lora_" in name and name not in middle]
                 before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
+                before = to_rank(before, self._module.rank_of(update.sender))  # what it was given of it
+                before, after = (to_rank(side, self._module.lora.rank) for side in (before, after))
                 probed[update.sender] = (*found[update.sender], hashed_update(before, after))
         # hosts and cloud wait here for the edges, as long as so many calls one after the other may take
         at_worker = Counter(self._rounds.topology.edges[edge] for edge in self.placement.assignment.values())

@@ -353,6 +353,7 @@ class HierarchicalStrategy(RpcStrategy):
         super().setup(trainer)
         refuse_unsupported(trainer)
         if self._rounds is None:
+            self._module.check_aggregator(self.aggregator)
             if self.is_global_zero:
                 warn_of_overridden(trainer, edge_of=self._edge_of, client_plans=self._module.client_plans)
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit

@@ -317,6 +317,7 @@ class Rounds:
                     "mean",
                     key,
                     tuple(client.adapters()),
+                    client.rank,
                     timeout_s=self.world.round_timeout_s + self.world.call_timeout_s,
                     answers_later=True,
                 )

@@ -14,7 +14,7 @@ def simulate_round(
     work: Mapping[str, Work],
     placement: Placement,
     network: NetworkProfile,
-    workload: Workload,
+    workloads: Mapping[str, Workload],
     adapter_bytes: int,
     edges_sent: Mapping[str, int],
 ) -> float:
@@ -26,11 +26,13 @@ def simulate_round(
         work: what each client did, with the bytes that were counted.
         placement: edge and plan of each client in this round.
         network: devices and links.
-        workload: what a step of the model costs is counted from.
+        workloads: what a step of each client costs is counted from.
         adapter_bytes: of the global adapters, which travel from the cloud to each edge.
         edges_sent: bytes of what each edge sent to the cloud.
     """
-    costs = {client: _costs(done, workload, placement, client) for client, done in work.items() if done.num_steps}
+    costs = {
+        client: _costs(done, workloads[client], placement, client) for client, done in work.items() if done.num_steps
+    }
     by_edge: dict[str, dict[str, float]] = {}
     for client, cost in costs.items():
         by_edge.setdefault(placement.assignment[client], {})[client] = cost.middle_flops

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.microbatches import IGNORE_INDEX
 from elsa_pl.functional.pooling import TokenPooling, pool_batch, pool_states
 from elsa_pl.links import PREFIX, Codec, Link, on_states
@@ -49,6 +50,8 @@ class ProbeModel:
     ) -> None:
         self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
         self._task, self._device, self._precision = task, device, precision
+        settings: Any = model.peft_config["default"]
+        self._rank: int = settings.r
         self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._pooling = pooling
         self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
@@ -63,7 +66,7 @@ class ProbeModel:
         """States and predictions of the model with some adapters.
 
         Args:
-            adapters: by global layer name.
+            adapters: by global layer name; of a lower rank, too.
             batches: of probes, without labels.
             plan: where tokens are pooled, if they are.
 
@@ -138,7 +141,7 @@ class ProbeModel:
         return pool_batch(pool_batch(batch, self._pooling.uplink), self._pooling.downlink)
 
     def _load(self, adapters: Mapping[str, Tensor]) -> None:
-        for name, value in adapters.items():
+        for name, value in to_rank(adapters, self._rank).items():
             if not name.startswith(PREFIX):  # probes cross no link
                 self._parameters[name].copy_(value)
 

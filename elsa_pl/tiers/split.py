@@ -25,7 +25,7 @@ from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.hooks import hooks
 from elsa_pl.links import PREFIX
 from elsa_pl.lora import LoraSettings, add_lora
-from elsa_pl.models import Task, load_model
+from elsa_pl.models import Task, load_model, uncut
 from elsa_pl.partition import Part, SplitPlan, check_cut, check_reads_ahead, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
 from elsa_pl.tiers.front import FrontModule
@@ -57,6 +57,8 @@ class SplitModel(LinkedModel):
         task: what the head does.
         plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
+        client_ranks: LoRA ranks of single clients, by name, at most ``lora.rank``: these train, send and receive the
+            first directions of the global adapters only. They take the aggregator ``exact``.
         token_pooling: at each of the cuts ``first``: only the state of each text's first token goes on, so that nothing
             else crosses the link; a number n: and the means of n following tokens each; None: all tokens. For
             classification with encoders; on the uplink, fronts of half the blocks or more learn as well with it.
@@ -79,6 +81,7 @@ class SplitModel(LinkedModel):
         task: Task = "classification",
         plan: SplitPlan = SplitPlan(),  # noqa: B008  # frozen
         client_plans: dict[str, SplitPlan] | None = None,
+        client_ranks: dict[str, int] | None = None,
         token_pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # frozen
         optimizer: OptimizerFactory = adamw,
@@ -100,9 +103,16 @@ class SplitModel(LinkedModel):
             raise ConfigurationError(f"warmup_fraction must be in [0, 1]; got {warmup_fraction}")
         if token_pooling and task != "classification":
             raise ConfigurationError(f"token_pooling is for classification; got task={task!r}: leave it out")
+        for client, rank in (client_ranks or {}).items():
+            if not 1 <= rank <= lora.rank:
+                raise ConfigurationError(
+                    f"client_ranks must be in [1, lora.rank]; got {client}: {rank} with lora.rank={lora.rank}: lower"
+                    " it, or raise model.lora.rank"
+                )
         self.automatic_optimization = False
         self.model_name, self.model_config, self.task = model, model_config, task
         self.plan, self.client_plans = plan, client_plans or {}
+        self.client_ranks = client_ranks or {}
         self.token_pooling = token_pooling
         self.lora, self.make_optimizer = lora, optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
@@ -177,6 +187,30 @@ class SplitModel(LinkedModel):
             if recalled:  # whoever makes replicas next must know that the base is not that of those there are
                 self.forget_base_model()
         self._checked.add(plan)
+
+    def check_aggregator(self, aggregator: str) -> None:
+        """Check that adapters can be merged so, before any process starts.
+
+        Args:
+            aggregator: one of `elsa_pl.functional.aggregation.AGGREGATORS`.
+
+        Raises:
+            ConfigurationError: it merges tensors, and clients have unequal ranks; or it merges products, and an adapted
+                layer is not linear.
+        """
+        unequal = {client: rank for client, rank in self.client_ranks.items() if rank != self.lora.rank}
+        if unequal and aggregator != "exact":
+            raise ConfigurationError(
+                f"expected strategy.aggregator=exact where clients have unequal ranks, got {aggregator!r} with"
+                f" client_ranks={unequal} and lora.rank={self.lora.rank}: set the aggregator, or leave client_ranks out"
+            )
+        shapes = {name: tuple(value.shape) for name, value in uncut(self._base).named_parameters()}
+        odd = [f"{name} {shape}" for name, shape in shapes.items() if ".lora_" in name and len(shape) != 2]
+        if odd and aggregator == "exact":
+            raise ConfigurationError(
+                f"expected linear layers or embeddings with strategy.aggregator=exact, got {odd[0]}: leave the layer"
+                " out of model.lora.target_modules, or use another aggregator"
+            )
 
     @property
     def _base(self) -> PeftModel:
@@ -254,6 +288,14 @@ class SplitModel(LinkedModel):
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
 
+    def rank_of(self, client: str) -> int:
+        """The LoRA rank of a client."""
+        return self.client_ranks.get(client, self.lora.rank)
+
+    def _replicate(self, part: Part, client: str) -> Part:
+        rank = self.rank_of(client)
+        return replicate(part, rank if rank < self.lora.rank else None)
+
     def make_ends(self, client: str, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule | None]:
         """A client's front, and tail if it has one: adapters of its own, frozen weights shared in this process."""
         parts = self._parts_for(plan)
@@ -262,15 +304,17 @@ class SplitModel(LinkedModel):
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
         return (
-            FrontModule(replicate(parts[0]), *shared, encode=encode, pooling=self.token_pooling.uplink),
-            TailModule(replicate(parts[2]), *shared, decode=decode) if plan.kind == "three-part" else None,
+            FrontModule(self._replicate(parts[0], client), *shared, encode=encode, pooling=self.token_pooling.uplink),
+            TailModule(self._replicate(parts[2], client), *shared, decode=decode)
+            if plan.kind == "three-part"
+            else None,
         )
 
     def make_session(self, client: str, plan: SplitPlan, device: torch.device) -> Tier | None:
         """A client's session at its edge; None where it needs none."""
         if plan.kind == "uncut":
             return None
-        part = replicate(self._parts_for(plan)[1])
+        part = self._replicate(self._parts_for(plan)[1], client)
         shared = (self.make_optimizer, self.precision_on(device), device)
         codecs = self.codecs(plan, client)
         decode = codecs["uplink"].side("decoder") if "uplink" in codecs else None

@@ -167,6 +167,7 @@ def test_more_directions_add_nothing() -> None:
     assert wider[A].shape == (6, 7)
     assert torch.equal(product(wider), product(sent))
     assert wider["head.weight"] is sent["head.weight"]
+    assert to_rank(sent, 3)[A] is sent[A]
     assert all(torch.equal(value, sent[name]) for name, value in to_rank(wider, 3).items())
 
 
