@@ -243,7 +243,7 @@ class Part(nn.Module):
 
         Args:
             tensors: values by the names of `adapters`; names of other parts are ignored. A part of limited rank takes
-                adapters of any rank.
+                adapters of any rank. Frozen weights may be among them: all replicas that share one get it.
 
         Raises:
             KeyError: a value is missing.
@@ -253,14 +253,17 @@ class Part(nn.Module):
         if missing := sorted(own.keys() - tensors.keys()):
             raise KeyError(f"expected a value for {missing[0]}; got none, nor for {len(missing) - 1} more")
         given = {name: tensors[name] for name in own}
-        tensors = given if self.rank is None else to_rank(given, self.rank)
+        trained = given if self.rank is None else to_rank(given, self.rank)
         for name, parameter in own.items():
-            if tensors[name].shape != parameter.shape:
-                shapes = f"expected shape {tuple(parameter.shape)}; got {tuple(tensors[name].shape)}"
+            if trained[name].shape != parameter.shape:
+                shapes = f"expected shape {tuple(parameter.shape)}; got {tuple(trained[name].shape)}"
                 raise ValueError(f"{name}: {shapes}: were both made with the same model and rank?")
+        frozen = {self._global_name(name): value for name, value in self.model.named_parameters()}
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(trained[name])
+            for name in (frozen.keys() & tensors.keys()) - own.keys():
+                frozen[name].copy_(tensors[name])
         for name, parameter in self._first.items():
             whole = given[self._global_name(name)].detach().to(parameter, copy=True)
             self._whole[name] = nn.Parameter(whole, requires_grad=False)

@@ -1,22 +1,28 @@
-"""Runs that average products of factors, and whose clients have ranks of their own."""
+"""Runs that average products of factors, whose clients have ranks of their own, or whose rounds end in the weights."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from peft import PeftModel
+from torch import Tensor, nn
 
+from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.functional.factors import factor_pairs, to_rank
+from elsa_pl.functional.factors import SUFFIX, factor_pairs, fresh_rows, frozen_weight, to_rank
+from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.lora import LoraSettings
 from elsa_pl.models import uncut
+from elsa_pl.strategies import HierarchicalStrategy
 from elsa_pl.tiers import SplitModel
 from tests.runs import (
     TINY_BERT,
     Run,
     Settings,
+    arguments,
     assert_equal,
     initial_adapters,
     make_data,
@@ -101,40 +107,70 @@ def test_equal_ranks_change_nothing(tmp_path: Path, data_settings: Settings) -> 
     assert equal.summary()["bytes"] == plain.summary()["bytes"]
 
 
-def dense_rounds(data_settings: Settings, num_rounds: int) -> dict[str, Tensor]:
-    """The same on the uncut model, whose factors are padded with zeros, and with dense means that numpy decomposes."""
-    data, module = make_data(data_settings), make_module(data_settings)
+def train_on_the_uncut_model(
+    settings: Settings, merge: Callable[[list[dict[str, Tensor]], list[float], int, nn.Module], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Two rounds, one client after the other, of factors that are padded with zeros; returns all parameters."""
+    data, module = make_data(settings), make_module(settings)
     module.lora = LoraSettings(rank=4)
     model = module.build().train()
     parameters = {name: p for name, p in uncut(model).named_parameters() if p.requires_grad}
     current = {name: p.detach().clone() for name, p in parameters.items()}
-    pairs = factor_pairs(current)
     weights = [data.client_sizes[client] / sum(data.client_sizes[name] for name in CLIENTS) for client in CLIENTS]
-    for number in range(num_rounds):
+
+    def load(adapters: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in adapters.items():
+                parameters[name].copy_(value)
+
+    for number in range(2):
         sent = []
         for client in CLIENTS:
-            with torch.no_grad():
-                for name, value in to_rank(to_rank(current, RANKS.get(client, 4)), 4).items():
-                    parameters[name].copy_(value)
+            load(to_rank(to_rank(current, RANKS.get(client, 4)), 4))
             optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3)
             for step in range(2):
                 optimizer.zero_grad()
                 model(**data.train_batch(client, 2 * number + step)).loss.backward()
                 optimizer.step()
             sent.append({name: p.detach().double().clone() for name, p in parameters.items()})
-        summed = {
-            name: torch.stack([weight * each[name] for weight, each in zip(weights, sent, strict=True)]).sum(0)
-            for name in current
-        }
-        for a, b in pairs:
-            dense = sum(weight * each[b] @ each[a] for weight, each in zip(weights, sent, strict=True))
-            assert isinstance(dense, Tensor)
-            u, values, vt = np.linalg.svd(dense.numpy())
-            roots = torch.from_numpy(np.sqrt(values[:4]))
-            summed[a] = roots[:, None] * torch.from_numpy(vt[:4])
-            summed[b] = torch.from_numpy(u[:, :4]) * roots
-        current = {name: value.float() for name, value in summed.items()}
-    return current
+        current = merge(sent, weights, number, uncut(model))
+    load(current)
+    return {name: p.detach().clone() for name, p in uncut(model).named_parameters()}
+
+
+def summed(sent: list[dict[str, Tensor]], weights: list[float]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Dense products by the name of their first factor, and all tensors each for itself."""
+    dense = {
+        a: torch.stack([weight * each[b] @ each[a] for weight, each in zip(weights, sent, strict=True)]).sum(0)
+        for a, b in factor_pairs(sent[0])
+    }
+    return dense, {
+        name: torch.stack([weight * each[name] for weight, each in zip(weights, sent, strict=True)]).sum(0)
+        for name in sent[0]
+    }
+
+
+def decomposed(sent: list[dict[str, Tensor]], weights: list[float], number: int, model: nn.Module) -> dict[str, Tensor]:
+    """The dense means' best approximations, by numpy."""
+    dense, current = summed(sent, weights)
+    for a, b in factor_pairs(current):
+        u, values, vt = np.linalg.svd(dense[a].numpy())
+        roots = torch.from_numpy(np.sqrt(values[:4]))
+        current[a] = roots[:, None] * torch.from_numpy(vt[:4])
+        current[b] = torch.from_numpy(u[:, :4]) * roots
+    return {name: value.float() for name, value in current.items()}
+
+
+def added(sent: list[dict[str, Tensor]], weights: list[float], number: int, model: nn.Module) -> dict[str, Tensor]:
+    """The dense means become part of the frozen weights."""
+    dense, current = summed(sent, weights)
+    for a, b in factor_pairs(current):
+        weight = model.get_parameter(frozen_weight(a))
+        with torch.no_grad():
+            weight.add_(dense[a].float() * 16 / 4)
+        current[a] = fresh_rows(4, weight.shape[1], derive_seed(0, "fresh adapters", number, a))
+        current[b] = torch.zeros_like(current[b])
+    return {name: value.float() for name, value in current.items()}
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +180,9 @@ def unequal(tmp_path_factory: pytest.TempPathFactory, data_settings: Settings) -
 
 
 def test_unequal_ranks_are_the_uncut_model_with_zeros(unequal: Run, data_settings: Settings) -> None:
-    expected = products(dense_rounds(data_settings, 2))
     got = products(unequal.adapters())
+    parameters = train_on_the_uncut_model(data_settings, decomposed)
+    expected = products({name: parameters[name] for name in unequal.adapters()})
     for name, value in expected.items():
         difference = (got[name] - value).abs().max().item()
         assert difference <= 2e-3 * value.abs().max().item(), name
@@ -185,7 +222,7 @@ def test_unequal_ranks_go_on_from_a_checkpoint(tmp_path: Path, data_settings: Se
     assert resumed.summary()["bytes"] == unequal.summary()["bytes"]
 
 
-MANY = {
+MANY: dict[str, Any] = {
     **UNEQUAL,
     "strategy.num_edges": 2,
     "strategy.edge_rounds": 2,
@@ -258,3 +295,147 @@ def test_products_of_convolutions_are_refused() -> None:
     module.check_aggregator("mean")
     with pytest.raises(ConfigurationError, match=r"query.lora_A.*\(8, 32, 1\): leave the layer out"):
         module.check_aggregator("exact")
+
+
+# ---- rounds that end in the frozen weights -------------------------------------------------------------------------
+
+TINY_GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "vocab_size": 30522}
+STACKED = {**UNEQUAL, "strategy.aggregator": "stacked"}
+
+
+@pytest.fixture(scope="module")
+def stacked(tmp_path_factory: pytest.TempPathFactory, data_settings: Settings) -> Run:
+    settings = {**data_settings, **STACKED, "checkpoint.save_top_k": -1}
+    return run_here(tmp_path_factory.mktemp("stacked"), "run", settings)
+
+
+def test_stacked_adds_the_mean_to_the_weights(stacked: Run, data_settings: Settings) -> None:
+    got = stacked.adapters()
+    expected = train_on_the_uncut_model(data_settings, added)
+    began = dict(uncut(make_module(data_settings).build()).named_parameters())
+    for name, value in got.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
+        if name.endswith(SUFFIX):
+            change = expected[name] - began[name]
+            assert (value - expected[name]).norm() < 0.01 * change.norm(), name
+        if "lora_B" in name:
+            assert not value.any()
+    assert sum(name.endswith(SUFFIX) for name in got) == 2 * TINY_BERT["num_hidden_layers"]  # type: ignore[operator]
+
+
+def test_the_stacked_models_figures_agree(stacked: Run, data_settings: Settings) -> None:
+    assert_figures_agree(stacked, data_settings)
+
+
+def test_stacked_knows_which_way_weights_lie(tmp_path: Path, data_settings: Settings) -> None:
+    """Those of GPT-2 are [I, O]."""
+    fast = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}}
+    settings = {**data_settings, "model.model_config": TINY_GPT2, "trainer.max_epochs": 1, "model.optimizer": fast}
+    assert_figures_agree(run_here(tmp_path, "run", {**settings, **STACKED}), settings)
+
+
+def assert_figures_agree(run: Run, settings: Settings) -> None:
+    """Through the pipeline, merged, and exported as adapters of the model that the run began with."""
+    summary = run.summary()
+    assert summary["test_loss"] == pytest.approx(summary["test_merged_loss"], rel=1e-5)
+    losses = []
+    for exported in (True, False):
+        model: nn.Module = make_module(settings).build().unload()
+        if exported:
+            model = PeftModel.from_pretrained(model, str(run.folder / "adapter"))
+        loss = count = 0.0
+        for batch in make_data(settings).eval_batches("test"):
+            loss += model.eval()(**batch).loss.item() * len(batch["labels"])
+            count += len(batch["labels"])
+        losses.append(loss / count)
+    assert losses[0] == pytest.approx(summary["test_loss"], rel=1e-4)
+    assert losses[1] != pytest.approx(summary["test_loss"], rel=1e-3)
+
+
+def test_bytes_of_stacked_are_those_of_the_stack(stacked: Run, unequal: Run) -> None:
+    """Fresh adapters and weights cost nothing: a seed and the stack tell both."""
+    sent = unequal.adapters()
+    factors, rest = (num_bytes(sent, which) for which in (True, False))
+    stack = factors * (1 + 4 + 2 + 3) // 4
+    counted = stacked.summary()["bytes"]["adapters"]
+    assert counted["up"] == unequal.summary()["bytes"]["adapters"]["up"]
+    assert counted["down"] == 2 * (stack + rest + len(CLIENTS) * (stack // 2 + rest))
+
+
+COMPARED = {
+    "class_path": "elsa_pl.callbacks.BehaviorClustering",
+    "init_args": {"warmup_rounds": 1, "every_n_rounds": 1, "pictures": False, "width": 4},
+}
+
+
+@pytest.fixture(scope="module")
+def stacked_many(tmp_path_factory: pytest.TempPathFactory, data_settings: Settings) -> Run:
+    return run_here(tmp_path_factory.mktemp("many"), "run", {**data_settings, **STACKED_MANY})
+
+
+STACKED_MANY = {
+    **MANY,
+    "strategy.aggregator": "stacked",
+    "trainer.callbacks": [*MANY["trainer.callbacks"], COMPARED],
+    "checkpoint.save_top_k": -1,
+}
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_stacked_goes_on_from_a_checkpoint(
+    epoch: int, tmp_path: Path, data_settings: Settings, stacked_many: Run
+) -> None:
+    settings = {**data_settings, **STACKED_MANY, "ckpt_path": str(stacked_many.checkpoint(epoch))}
+    resumed = run_here(tmp_path, "run", settings)
+    assert_equal(resumed.adapters(), stacked_many.adapters())
+    got, expected = resumed.metrics()[2], stacked_many.metrics()[2]
+    assert any(name.startswith("trust/") for name in expected)
+    assert {name: got[name] for name in expected if "seconds/" not in name} == {
+        name: value for name, value in expected.items() if "seconds/" not in name
+    }
+    assert resumed.summary()["bytes"] == stacked_many.summary()["bytes"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_stacked_in_tiers(tmp_path: Path, data_settings: Settings, stacked_many: Run) -> None:
+    settings = {**data_settings, **STACKED_MANY, "strategy.layout": "tiers"}
+    tiers = run_forked(tmp_path / "runs", "run", settings, 2)
+    assert_equal(tiers.adapters(), stacked_many.adapters())
+    assert tiers.summary()["bytes"] == stacked_many.summary()["bytes"]
+
+
+def test_a_checkpoint_of_another_aggregator_is_refused(
+    tmp_path: Path, data_settings: Settings, stacked: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {**data_settings, **UNEQUAL, "ckpt_path": str(stacked.checkpoint(0))}
+    assert cli.main(arguments(tmp_path, "run", settings)) == 1
+    assert "strategy.aggregator is 'stacked' in the checkpoint and None in the settings" in capsys.readouterr().err
+
+
+def test_stacked_does_not_keep_optimizer_states() -> None:
+    with pytest.raises(ConfigurationError, match="reset_optimizer=false"):
+        HierarchicalStrategy(aggregator="stacked", reset_optimizer=False)
+
+
+def test_stacked_refuses_embeddings() -> None:
+    """A tied head would change with them."""
+    module = SplitModel(None, TINY_BERT, lora=LoraSettings(target_modules=["query", "word_embeddings"]))
+    module.num_labels = 2
+    module._held = [module.build()]
+    module.check_aggregator("exact")
+    with pytest.raises(ConfigurationError, match=r"linear layers with .*stacked, got .*lora_embedding_A"):
+        module.check_aggregator("stacked")
+
+
+def test_stacked_refuses_a_tied_head() -> None:
+    """Embeddings and head are in different processes: only one of them would change."""
+    tied = {**TINY_GPT2, "tie_word_embeddings": True, "vocab_size": 99, "bos_token_id": 1, "eos_token_id": 2}
+    module = SplitModel(None, tied, task="causal_lm", lora=LoraSettings(target_modules=["c_attn", "lm_head"]))
+    module._held = [module.build()]
+    module.check_aggregator("exact")
+    with pytest.raises(ConfigurationError, match=r"weights of their own .*got lm_head.base_layer.weight"):
+        module.check_aggregator("stacked")
+    own = SplitModel(None, tied, task="causal_lm", lora=LoraSettings(target_modules=["c_attn"]))
+    own._held = [own.build()]
+    own.check_aggregator("stacked")

@@ -3,7 +3,7 @@
 Because a name says where a tensor stands in the *uncut* model, clients that were cut differently still average layer
 by layer: what is a front layer for one may be a middle layer for another.
 
-All but two merge the factors A and B of LoRA element by element, each for itself: the mean of products B A is not the
+Most merge the factors A and B of LoRA element by element, each for itself: the mean of products B A is not the
 product of the means (arXiv 2410.09432), and the same holds for medians and trimmed means. `exact` averages the
 products, and `krum` returns one sender's factors, which do belong together.
 
@@ -243,10 +243,16 @@ def krum(adapters: Sequence[Adapters], weights: Sequence[float], faulty: float =
 AGGREGATORS: dict[str, Aggregator] = {
     "mean": weighted_mean,
     "exact": exact,
+    "stacked": exact,
     "median": median,
     "trimmed_mean": trimmed_mean,
     "krum": krum,
 }
+
+
+MERGE_PRODUCTS = ("exact", "stacked")
+"""Those that merge products of factors, so that the factors may be of unlike ranks; they differ in what becomes of the
+mean: an adapter of the run's rank, or part of the frozen weights."""
 
 
 def sample_clients(clients: Sequence[str], participation: float, seed: int, round_number: int) -> frozenset[str]:

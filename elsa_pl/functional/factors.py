@@ -17,6 +17,9 @@ from elsa_pl.functional.seeding import derive_seed
 
 _PARTS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 
+SUFFIX = ".base_layer.weight"
+"""How the name of an adapted layer's frozen weight ends, as peft forms it."""
+
 NEGLIGIBLE = 1e-6
 """A singular value below this share of the largest is rounding of factors in single precision."""
 
@@ -152,6 +155,27 @@ def refactored(factor_a: Tensor, factor_b: Tensor, rank: int) -> tuple[Tensor, T
     return roots.unsqueeze(1) * rows, columns * roots
 
 
+def frozen_weight(name: str) -> str:
+    """The global name of the frozen weight that a factor's product is added to.
+
+    Example:
+        >>> frozen_weight("layer.0.query.lora_A.default.weight")
+        'layer.0.query.base_layer.weight'
+    """
+    return f"{name.partition('.lora_')[0]}{SUFFIX}"
+
+
+def fresh_rows(rank: int, width: int, seed: int) -> Tensor:
+    """A factor A [rank, width] as LoRA begins: uniform within 1 / sqrt(width), in double precision.
+
+    Example:
+        >>> fresh_rows(2, 4, seed=0).abs().max() <= 0.5
+        tensor(True)
+    """
+    drawn = torch.rand(rank, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return (2 * drawn - 1) / math.sqrt(width)
+
+
 def with_fresh_directions(factor_a: Tensor, factor_b: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor]:
     """Factors of a given rank whose directions can all be trained, with the product that they have.
 
@@ -175,9 +199,7 @@ def with_fresh_directions(factor_a: Tensor, factor_b: Tensor, rank: int, name: s
     """
     weights = factor_a.norm(dim=1) * factor_b.norm(dim=0)
     kept = int((weights > NEGLIGIBLE * weights[:1]).sum())
-    generator = torch.Generator().manual_seed(derive_seed("fresh directions", name))
-    drawn = torch.rand(rank, factor_a.shape[1], generator=generator, dtype=torch.float64)
-    rows = ((2 * drawn - 1) / math.sqrt(factor_a.shape[1])).to(factor_a)
+    rows = fresh_rows(rank, factor_a.shape[1], derive_seed("fresh directions", name)).to(factor_a)
     rows[:kept] = factor_a[:kept]
     columns = factor_b.new_zeros(len(factor_b), rank)
     columns[:, :kept] = factor_b[:, :kept]

@@ -26,7 +26,7 @@ from elsa_pl.rpc.messages import Update, Work
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies.measurement import measure_links, with_links
 from elsa_pl.strategies.placement import Placement, Plain, decide
-from elsa_pl.strategies.rounds import Rounds, num_bytes
+from elsa_pl.strategies.rounds import Rounds
 from elsa_pl.strategies.simulation import simulate_round
 from elsa_pl.strategies.topology import Topology
 from elsa_pl.tiers.client import Client, EdgeAddress
@@ -127,9 +127,10 @@ class Fleet:
         """
         if self.network is None or self._placed_before is None:
             return None
-        adapter_bytes = num_bytes(self._module.global_adapters())
         workloads = {client: replace(self.workload, lora_rank=self._module.rank_of(client)) for client in work}
-        return simulate_round(work, self._placed_before, self.network, workloads, adapter_bytes, edges_sent)
+        return simulate_round(
+            work, self._placed_before, self.network, workloads, self._rounds.published_bytes, edges_sent
+        )
 
     # ---- who is placed where -------------------------------------------------------------------------------------
 
@@ -296,7 +297,9 @@ class Fleet:
             return
         probed: dict[str, tuple[Tensor, ...]] = {}
         if self._probes is not None:
-            found = self._probes.evaluate({update.sender: update.adapters for update in updates}, self.placement.plans)
+            frozen = self._module.merged_weights()
+            sent = {update.sender: {**frozen, **update.adapters} for update in updates}
+            found = self._probes.evaluate(sent, self.placement.plans)
             for update in updates:
                 edge = self._rounds.edges[self.placement.assignment[update.sender]]
                 given = edge.given(trainer.current_epoch) or self._module.global_adapters()

@@ -16,7 +16,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
-from elsa_pl.functional.aggregation import AGGREGATORS, exact, sample_clients
+from elsa_pl.functional.aggregation import AGGREGATORS, MERGE_PRODUCTS, exact, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.hooks import asks, hooks
@@ -56,7 +56,9 @@ class HierarchicalStrategy(RpcStrategy):
         participation: fraction of the clients that take part in a global round.
         aggregator: name of the merging rule, at the edges and at the cloud, one of
             `elsa_pl.functional.aggregation.AGGREGATORS`. With ``exact`` the edges send the cloud all that their means
-            need, which may be as much as they received.
+            need, which may be as much as they received. With ``stacked`` the cloud sends all of that back, to be merged
+            into the frozen weights, and each global round begins with fresh adapters (FLoRA, Wang et al. 2024, arXiv
+            2409.05976); what edges average for themselves in between is of the adapters' rank.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -121,6 +123,11 @@ class HierarchicalStrategy(RpcStrategy):
             raise ConfigurationError(f"participation must be in (0, 1]; got {participation}")
         if aggregator not in AGGREGATORS:
             raise ConfigurationError(f"aggregator must be one of {sorted(AGGREGATORS)}; got {aggregator!r}")
+        if aggregator == "stacked" and not reset_optimizer:
+            raise ConfigurationError(
+                "aggregator=stacked begins each round with fresh adapters, which the optimizer states that"
+                " reset_optimizer=false keeps do not fit: leave it out"
+            )
         if layout == "site" and (role is None or (name is None and role != "cloud")):
             raise ConfigurationError(
                 f"in the site layout every process names itself; got role={role!r}, name={name!r}: set role to cloud,"
@@ -501,12 +508,17 @@ class HierarchicalStrategy(RpcStrategy):
     def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
         """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
-        if mean is not None:
+        if mean is not None and self._module.stacks:
+            self._module.absorb(mean, round_number)
+        elif mean is not None:
             self._module.load_global_adapters(mean)
         if last:
             self.fleet.place()
             self.publish()
-            self.rounds.count_published(self._module.global_adapters())
+            published = self._module.global_adapters()
+            if self._module.stacks:  # what was merged is sent; fresh adapters come from the seed
+                published = self.broadcast(mean)
+            self.rounds.count_published(published, whole=self._module.stacks)
 
     def aggregate(self, scope: Scope, updates: list[Update], final: bool = True) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.
@@ -530,8 +542,9 @@ class HierarchicalStrategy(RpcStrategy):
         if not updates:
             return None
         sent, weights = [update.adapters for update in updates], [update.weight for update in updates]
-        if self.aggregator == "exact":
-            merged = exact(sent, weights, rank=self._module.lora.rank if final else None)
+        lossless = not final or (self.aggregator == "stacked" and scope == "cloud")
+        if self.aggregator in MERGE_PRODUCTS:
+            merged = exact(sent, weights, rank=None if lossless else self._module.lora.rank)
         else:
             merged = AGGREGATORS[self.aggregator](sent, weights)
         return Update(scope, sum(weights), merged)

@@ -61,6 +61,9 @@ class Evaluation:
 class Rounds:
     """The part of one process in the rounds.
 
+    Attributes:
+        published_bytes: of what the cloud sent to each edge in the round that has just ended.
+
     Args:
         world: the processes.
         topology: who runs where.
@@ -102,6 +105,7 @@ class Rounds:
         self._results: list[tuple[str, StepResult]] = []
         self._work: dict[str, Counter[str]] = {}
         self._edges_sent: dict[str, int] = {}
+        self.published_bytes = 0
         for name, edge in edges.items():
             remote.serve(name, edge)
             world.serve_board(board_of(name), edge.board)
@@ -133,15 +137,20 @@ class Rounds:
             tier.load(adapters)
         self._received = {name: client.adapters() for name, client in self.clients.items()}
 
-    def count_published(self, adapters: Mapping[str, Tensor]) -> None:
-        """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
+    def count_published(self, adapters: Mapping[str, Tensor], *, whole: bool = False) -> None:
+        """Count what the cloud sent to each edge, and of it to each client what it has layers for.
 
         A process receives them once for all that it runs, so that counts do not depend on the layout. To be called
         after `load`.
+
+        Args:
+            adapters: what was sent.
+            whole: to clients too, rather than at their own rank.
         """
-        self._traffic["adapters/down"] += num_bytes(adapters) * len(self.edges)
+        self.published_bytes = num_bytes(adapters)
+        self._traffic["adapters/down"] += self.published_bytes * len(self.edges)
         for name, received in self._received.items():
-            self._count_adapters("down", name, received)
+            self._count_adapters("down", name, {key: adapters[key] for key in received} if whole else received)
 
     def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:
         """Count what each client receives of what its ends of links were fitted to."""

@@ -27,7 +27,7 @@ def simulate_round(
         placement: edge and plan of each client in this round.
         network: devices and links.
         workloads: what a step of each client costs is counted from.
-        adapter_bytes: of the global adapters, which travel from the cloud to each edge.
+        adapter_bytes: of what the cloud sent to each edge.
         edges_sent: bytes of what each edge sent to the cloud.
     """
     costs = {

@@ -1,13 +1,14 @@
 """The module that a user gives to the Trainer: the whole model, composed of its tiers.
 
-It owns the *global adapters*, which are all that training changes and all that a checkpoint holds. The tiers that use
-them live with the processes that run them; the strategy places those, and this module says how they are made.
+It owns the *global adapters*, which are all that training changes and all that a checkpoint holds; with the aggregator
+``stacked`` the weights of the adapted layers are among them. The tiers that use them live with the processes that run
+them; the strategy places those, and this module says how they are made.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -19,7 +20,9 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
+from elsa_pl.functional.aggregation import MERGE_PRODUCTS
 from elsa_pl.functional.costs import Workload, shape_of
+from elsa_pl.functional.factors import SUFFIX, factor_pairs, fresh_rows, frozen_weight, refactored, to_rank
 from elsa_pl.functional.pooling import TokenPooling
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.hooks import hooks
@@ -58,7 +61,7 @@ class SplitModel(LinkedModel):
         plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
         client_ranks: LoRA ranks of single clients, by name, at most ``lora.rank``: these train, send and receive the
-            first directions of the global adapters only. They take the aggregator ``exact``.
+            first directions of the global adapters only. They take the aggregator ``exact`` or ``stacked``.
         token_pooling: at each of the cuts ``first``: only the state of each text's first token goes on, so that nothing
             else crosses the link; a number n: and the means of n following tokens each; None: all tokens. For
             classification with encoders; on the uplink, fronts of half the blocks or more learn as well with it.
@@ -132,15 +135,20 @@ class SplitModel(LinkedModel):
         self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
         self._resolved_plan: SplitPlan | None = None
         self._checked: set[SplitPlan] = set()
+        self._turned: set[str] = set()  # names of weights that are [I, O]
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
 
-    def build(self) -> PeftModel:
-        """The uncut model with the initial adapters: a function of the settings and the seed alone."""
+    def build(self, lora: LoraSettings | None = None) -> PeftModel:
+        """The uncut model with the initial adapters: a function of the settings and the seed alone.
+
+        Args:
+            lora: of the adapters; None for those of the run.
+        """
         base = load_model(
             self.model_name, self.model_config, self.task, self.num_labels, seed=derive_seed(self.seed, "model")
         )
-        return add_lora(base, self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
+        return add_lora(base, lora or self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
 
     def build_trained(self) -> PeftModel:
         """The uncut model with the global adapters."""
@@ -150,6 +158,33 @@ class SplitModel(LinkedModel):
             for name, value in self.global_adapters().items():
                 if not name.startswith(PREFIX):  # what trains at the ends of links is no part of the model
                     parameters[name].copy_(value)
+        return model
+
+    def build_exported(self) -> PeftModel:
+        """The uncut model as the run began with it, and adapters that hold all that was trained since.
+
+        Where rounds end in the frozen weights, these are of the rank that the weights' changes have.
+        """
+        trained = self.build_trained()
+        if not self.stacks:
+            return trained
+        began, ended = dict(_adapted_layers(self.build())), dict(_adapted_layers(trained))
+        changes = {}
+        for name, (weight, turned) in began.items():
+            change = ended[name][0].detach().double() - weight.detach().double()
+            change = change.mT if turned else change
+            changes[name] = refactored(change, torch.eye(len(change)), min(change.shape))
+        rank = max(1, *(int((a.norm(dim=1) > 0).sum()) for a, _ in changes.values()))
+        factors: dict[str, Tensor] = {}
+        for name, pair in changes.items():
+            factors |= to_rank(dict(zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), pair, strict=True)), rank)
+        model = self.build(replace(self.lora, rank=rank, alpha=rank))
+        heads = dict(trained.get_base_model().named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.get_base_model().named_parameters():
+                if parameter.requires_grad:
+                    factor = name.replace(".default.", ".")
+                    parameter.copy_(factors[factor] if factor in factors else heads[name])
         return model
 
     def prepare(self, num_labels: int | None) -> None:
@@ -196,21 +231,28 @@ class SplitModel(LinkedModel):
 
         Raises:
             ConfigurationError: it merges tensors, and clients have unequal ranks; or it merges products, and an adapted
-                layer is not linear.
+                layer is not linear, or its weight is another layer's too.
         """
         unequal = {client: rank for client, rank in self.client_ranks.items() if rank != self.lora.rank}
-        if unequal and aggregator != "exact":
+        if unequal and aggregator not in MERGE_PRODUCTS:
             raise ConfigurationError(
-                f"expected strategy.aggregator=exact where clients have unequal ranks, got {aggregator!r} with"
-                f" client_ranks={unequal} and lora.rank={self.lora.rank}: set the aggregator, or leave client_ranks out"
+                f"expected strategy.aggregator={' or '.join(MERGE_PRODUCTS)} where clients have unequal ranks, got"
+                f" {aggregator!r} with client_ranks={unequal} and lora.rank={self.lora.rank}: set the aggregator, or"
+                " leave client_ranks out"
             )
-        shapes = {name: tuple(value.shape) for name, value in uncut(self._base).named_parameters()}
-        odd = [f"{name} {shape}" for name, shape in shapes.items() if ".lora_" in name and len(shape) != 2]
-        if odd and aggregator == "exact":
-            raise ConfigurationError(
-                f"expected linear layers or embeddings with strategy.aggregator=exact, got {odd[0]}: leave the layer"
-                " out of model.lora.target_modules, or use another aggregator"
-            )
+        if aggregator not in MERGE_PRODUCTS:
+            return
+        stacked = aggregator == "stacked"
+        parameters = dict(uncut(self._base).named_parameters(remove_duplicate=False))
+        holders = Counter(parameters.values())
+        for name, value in parameters.items():
+            factor = ".lora_" in name and (value.ndim != 2 or (stacked and ".lora_embedding_" in name))
+            if factor or (stacked and name.endswith(SUFFIX) and holders[value] > 1):
+                layers = "linear layers with weights of their own" if stacked else "linear layers or embeddings"
+                raise ConfigurationError(
+                    f"expected {layers} with strategy.aggregator={aggregator}, got {name} {tuple(value.shape)}: leave"
+                    " the layer out of model.lora.target_modules, or use another aggregator"
+                )
 
     @property
     def _base(self) -> PeftModel:
@@ -249,6 +291,10 @@ class SplitModel(LinkedModel):
         adapters = _adapters_of(self._parts_for(self.resolved_plan))
         for codec in self.codecs(self.resolved_plan).values():
             adapters |= {name: value for name, value in codec.tensors().items() if value.requires_grad}
+        if self.stacks:
+            layers = dict(_adapted_layers(self._base))
+            adapters |= {f"{name}{SUFFIX}": weight for name, (weight, _) in layers.items()}
+            self._turned = {f"{name}{SUFFIX}" for name, (_, turned) in layers.items() if turned}
         self.adapters = ParameterTree(adapters)
 
     def check_links(self, trainer: Any) -> None:
@@ -287,6 +333,38 @@ class SplitModel(LinkedModel):
     def plan_of(self, client: str) -> SplitPlan:
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
+
+    @property
+    def stacks(self) -> bool:
+        """Whether rounds end in the frozen weights of the adapted layers, which then are among the global adapters."""
+        return getattr(self.trainer.strategy, "aggregator", None) == "stacked"
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The frozen weights that rounds end in, by global name; none if they do not."""
+        return {name: value for name, value in self.global_adapters().items() if name.endswith(SUFFIX)}
+
+    def absorb(self, mean: Mapping[str, Tensor], round_number: int) -> None:
+        r"""Merge a mean into the frozen weights, and begin with fresh adapters.
+
+        .. math:: W \leftarrow W + \frac{\alpha}{R} B A, \qquad A \sim U(-1/\sqrt{I}, 1/\sqrt{I}), \quad B = 0
+
+        Args:
+            mean: of any rank, by global layer name.
+            round_number: the global round that ended, from which A is drawn.
+
+        Source:
+            FLoRA, Wang et al. 2024, arXiv 2409.05976, section 3.2, where each client does so.
+        """
+        taken = dict(mean)
+        weights = self.merged_weights()
+        for name_a, name_b in factor_pairs(mean):
+            place = frozen_weight(name_a)
+            change = mean[name_b].double() @ mean[name_a].double() * (self.lora.alpha / self.lora.rank)
+            taken[place] = weights[place].double() + (change.mT if place in self._turned else change)
+            seed = derive_seed(self.seed, "fresh adapters", round_number, name_a)
+            taken[name_a] = fresh_rows(self.lora.rank, mean[name_a].shape[1], seed)
+            taken[name_b] = mean[name_b].new_zeros(len(mean[name_b]), self.lora.rank)
+        self.load_global_adapters(taken)
 
     def rank_of(self, client: str) -> int:
         """The LoRA rank of a client."""
@@ -331,7 +409,11 @@ class SplitModel(LinkedModel):
     def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
         """Replicas of the uncut model to try the adapters of several clients on at the same time."""
         precision = self.precision_on(device)
-        return [ProbeModel(self._base, self.task, device, precision, self.token_pooling) for _ in range(num_workers())]
+        merged = self.merged_weights()
+        return [
+            ProbeModel(self._base, self.task, device, precision, self.token_pooling, merged)
+            for _ in range(num_workers())
+        ]
 
     def recall_base_model(self) -> bool:
         """Have the uncut model at hand again; returns whether it had to be made anew."""
@@ -440,6 +522,7 @@ class SplitModel(LinkedModel):
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),
+            "strategy.aggregator": "stacked" if self.stacks else None,
             "links that learn": self.learned_links() or None,
             "data.labels": list(labels),
         }
@@ -481,6 +564,14 @@ class SplitModel(LinkedModel):
 def _hidden_size(model: PeftModel) -> int:
     config: Any = model.get_base_model().config
     return int(config.get_text_config().hidden_size)
+
+
+def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """Frozen weight of each adapted layer by its global name, and whether that is [I, O] rather than [O, I]."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            yield name, (layer.get_base_layer().weight, bool(getattr(layer, "fan_in_fan_out", False)))
 
 
 def _adapters_of(parts: tuple[Part, ...]) -> dict[str, Tensor]:
