@@ -237,7 +237,9 @@ class ElsaCLI(LightningCLI):
             self._check_rows()
         if not site:
             _check_names("client_plans", model.client_plans, data.client_names)
+            _check_names("client_ranks", model.client_ranks, data.client_names)
         model.prepare(data.num_labels if model.task == "classification" else None)
+        model.check_aggregator(strategy.aggregator, strategy.adapter_bits)
         model.check_links(self.trainer)
         if self.subcommand == "fit":
             strategy.check_probes(self.trainer, model, data)

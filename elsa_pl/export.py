@@ -61,7 +61,7 @@ def export_adapter(module: "SplitModel", folder: Path) -> None:
         module: after training; it knows how to build the uncut model.
         folder: made if it is not there.
     """
-    model = module.build_trained()
+    model = module.build_exported()
     # without this, peft looks a hub up for the base model's embeddings
     model.save_pretrained(str(folder), save_embedding_layers=False)
 

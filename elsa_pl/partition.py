@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -34,6 +34,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from elsa_pl.errors import UnsupportedModelError
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.models import copy_sharing, find_blocks, num_blocks, sample_batch, uncut
 
 __all__ = ["Part", "SplitPlan", "check_cut", "check_reads_ahead", "cut", "find_blocks", "num_blocks", "replicate"]
@@ -153,6 +154,9 @@ class Part(nn.Module):
         model: a copy of the uncut model that the part may take apart.
         start: first block kept.
         stop: first block not kept.
+
+    Attributes:
+        rank: of what it trains of each adapter, where that is less than the whole.
     """
 
     def __init__(self, model: PreTrainedModel, start: int, stop: int) -> None:
@@ -172,6 +176,10 @@ class Part(nn.Module):
             kept[-1].register_forward_hook(_leave)
         self._takes_token_types = "token_type_ids" in inspect.signature(model.forward).parameters
         self.model = model
+        self.rank: int | None = None
+        # of adapters that are not trained as a whole, by local name: what is trained, and what is evaluated
+        self._first: dict[str, nn.Parameter] = {}
+        self._whole: dict[str, nn.Parameter] = {}
 
     def forward(self, batch: Mapping[str, Tensor], hidden: Tensor | None = None) -> Tensor | ModelOutput:
         """Run this part's share of the model.
@@ -202,13 +210,40 @@ class Part(nn.Module):
 
     def adapters(self) -> dict[str, nn.Parameter]:
         """Return the trainable tensors by their names in the uncut Hugging Face model."""
-        return {self._global_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        parameters = {name: self._first.get(name, value) for name, value in self.model.named_parameters()}
+        return {self._global_name(name): value for name, value in parameters.items() if value.requires_grad}
+
+    def limit_rank(self, rank: int) -> None:
+        """Train the first ``rank`` directions of each adapter only; the part evaluates with all that it is given.
+
+        Which are all of the global adapters: figures are of the model that the run trains, whoever computes them. The
+        adapters' scale stays as it is, so that their products mean the same at any rank.
+        """
+        self.rank = rank
+        adapters = {name: parameter.detach() for name, parameter in self.adapters().items()}
+        first = to_rank(adapters, rank)
+        for name in list(dict(self.model.named_parameters())):
+            place = self._global_name(name)
+            if place in first and first[place] is not adapters[place]:
+                self._first[name] = nn.Parameter(first[place])
+                self._whole[name] = nn.Parameter(adapters[place].clone(), requires_grad=False)
+        self._use(self._first)
+
+    def train(self, mode: bool = True) -> Self:
+        self._use(self._first if mode else self._whole)  # first: another thread may look at `training`
+        return super().train(mode)
+
+    def _use(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            module, _, leaf = name.rpartition(".")
+            self.model.get_submodule(module)._parameters[leaf] = parameter
 
     def load_adapters(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy values into the trainable tensors, in place, so that optimizers keep their hold on them.
 
         Args:
-            tensors: values by the names of `adapters`; names of other parts are ignored.
+            tensors: values by the names of `adapters`; names of other parts are ignored. A part of limited rank takes
+                adapters of any rank. Frozen weights may be among them: all replicas that share one get it.
 
         Raises:
             KeyError: a value is missing.
@@ -217,13 +252,22 @@ class Part(nn.Module):
         own = self.adapters()
         if missing := sorted(own.keys() - tensors.keys()):
             raise KeyError(f"expected a value for {missing[0]}; got none, nor for {len(missing) - 1} more")
+        given = {name: tensors[name] for name in own}
+        trained = given if self.rank is None else to_rank(given, self.rank)
         for name, parameter in own.items():
-            if tensors[name].shape != parameter.shape:
-                shapes = f"expected shape {tuple(parameter.shape)}; got {tuple(tensors[name].shape)}"
+            if trained[name].shape != parameter.shape:
+                shapes = f"expected shape {tuple(parameter.shape)}; got {tuple(trained[name].shape)}"
                 raise ValueError(f"{name}: {shapes}: were both made with the same model and rank?")
+        frozen = {self._global_name(name): value for name, value in self.model.named_parameters()}
         with torch.no_grad():
             for name, parameter in own.items():
-                parameter.copy_(tensors[name])
+                parameter.copy_(trained[name])
+            for name in (frozen.keys() & tensors.keys()) - own.keys():
+                frozen[name].copy_(tensors[name])
+        for name, parameter in self._first.items():
+            whole = given[self._global_name(name)].detach().to(parameter, copy=True)
+            self._whole[name] = nn.Parameter(whole, requires_grad=False)
+        self._use(self._first if self.training else self._whole)
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Select what this part may see and its model takes."""
@@ -276,9 +320,17 @@ def cut(model: nn.Module, plan: SplitPlan) -> tuple[Part, ...]:
     return parts
 
 
-def replicate(part: Part) -> Part:
-    """Return a part with trainable tensors of its own (same values) and the same frozen tensors."""
-    return copy_sharing(part, trainable=False)
+def replicate(part: Part, rank: int | None = None) -> Part:
+    """Return a part with trainable tensors of its own (same values) and the same frozen tensors.
+
+    Args:
+        part: made by `cut`.
+        rank: of what it trains of each adapter; None for the whole.
+    """
+    replica = copy_sharing(part, trainable=False)
+    if rank is not None:
+        replica.limit_rank(rank)
+    return replica
 
 
 def check_cut(model: nn.Module, plan: SplitPlan) -> None:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.autograd as dist_autograd
 from torch import Tensor
 
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.links import crossing
 from elsa_pl.rpc.board import Board
 from elsa_pl.rpc.remote import exposed
@@ -48,7 +49,7 @@ class EdgeService:
         self.board = Board(name)
         self._sent: tuple[Any, dict[str, Tensor] | None] = (None, None)
         self._given: tuple[int, dict[str, Tensor]] | None = None
-        self._waiting: list[tuple[Any, tuple[str, ...], torch.futures.Future[Any]]] = []
+        self._waiting: list[tuple[Any, tuple[str, ...], int | None, torch.futures.Future[Any]]] = []
         self._mean_lock = threading.Lock()
         self._device = device
         self._wire = device if device_to_device else torch.device("cpu")
@@ -138,11 +139,17 @@ class EdgeService:
         return self.sessions[client].adapters() if client in self.sessions else {}
 
     @exposed
-    def mean(self, key: Any, names: tuple[str, ...]) -> Any:
-        """Answer, later, with this edge's mean of the round ``key``: the named adapters as sent, or None."""
+    def mean(self, key: Any, names: tuple[str, ...], rank: int | None) -> Any:
+        """Answer, later, with this edge's mean of the round ``key``: the named adapters as sent, or None.
+
+        Args:
+            key: global round and edge round.
+            names: of adapters.
+            rank: of what the client trains of each, where that is less than the whole.
+        """
         answer: torch.futures.Future[Any] = torch.futures.Future()
         with self._mean_lock:
-            self._waiting.append((key, names, answer))
+            self._waiting.append((key, names, rank, answer))
         self._answer()
         return answer
 
@@ -170,5 +177,6 @@ class EdgeService:
             known, sent = self._sent
             ready = [waiting for waiting in self._waiting if waiting[0] == known]
             self._waiting = [waiting for waiting in self._waiting if waiting[0] != known]
-        for _, names, answer in ready:
-            answer.set_result(None if sent is None else {name: sent[name] for name in names})
+        for _, names, rank, answer in ready:
+            asked = None if sent is None else {name: sent[name] for name in names}
+            answer.set_result(asked if asked is None or rank is None else to_rank(asked, rank))

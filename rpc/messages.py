@@ -80,6 +80,7 @@ class RoundReport:
         lost: clients that this process gave up on.
         work: what each client of this process did.
         traffic: messages and payload bytes of each client of this process, by ``link/direction``.
+        edges_sent: payload bytes of the mean that each edge of this process sent to the cloud.
     """
 
     loss_sum: float = 0.0
@@ -90,6 +91,7 @@ class RoundReport:
     lost: tuple[str, ...] = ()
     work: dict[str, Work] = field(default_factory=dict)
     traffic: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
+    edges_sent: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from elsa_pl import cli
 from elsa_pl.callbacks import BehaviorClustering, LatencyAwareAssignment, TrustScoring
 from elsa_pl.datamodules.faults import corrupt
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.profiles import ProfileSettings, draw_profile
 from elsa_pl.partition import SplitPlan
 from elsa_pl.strategies import fleet
@@ -361,6 +362,21 @@ def test_the_base_is_the_same_after_clients_were_tried() -> None:
     tried = desk.evaluate({"client-0": changed}, {"client-0": plan})["client-0"]
     assert not torch.equal(tried[1], before[1])
     assert all(torch.equal(*pair) for pair in zip(desk.base(), before, strict=True))
+
+
+def test_adapters_of_a_lower_rank_are_tried_as_they_are() -> None:
+    """Whatever the model was tried with before: nothing of that is left in the other directions."""
+    model = ProbeModel(make_module({}).build(), "classification", torch.device("cpu"), nullcontext)
+    ids = torch.arange(24).view(3, 8)
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
+    full = {name: value + 0.1 for name, value in model.adapters().items()}
+    low = to_rank(full, 2)
+    plan = SplitPlan().resolve(4)
+    whole = model.evaluate(full, batches, plan)
+    tried = model.evaluate(low, batches, plan)
+    expected = model.evaluate(to_rank(low, 8), batches, plan)
+    assert all(torch.equal(*pair) for pair in zip(tried, expected, strict=True))
+    assert not torch.equal(tried[1], whole[1])
 
 
 class Dawdler(TrustScoring):

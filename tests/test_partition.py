@@ -14,6 +14,7 @@ from transformers.models.bert.modeling_bert import BertEncoder
 from transformers.utils.output_capturing import _active_collector
 
 from elsa_pl.errors import UnsupportedModelError
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.lora import LoraSettings, add_lora, dropout_key
 from elsa_pl.models import Task, load_model, uncut
 from elsa_pl.partition import Part, SplitPlan, check_cut, cut, find_blocks, num_blocks, replicate
@@ -296,6 +297,51 @@ def test_replicas_share_frozen_storage_only() -> None:
             parameter.zero_()
     assert_same(split_step(parts, batch), expected)
     assert not torch.equal(split_step((front, middle, tail), batch)[1], expected[1])
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2"])
+def test_a_replica_of_lower_rank_trains_the_first_directions(family: str) -> None:
+    """And evaluates with all of them, however often it changes between the two."""
+    parts, batch = cut(build(family), PLAN), make_batch()
+    values = {name: p.detach() + 0.1 for part in parts for name, p in part.adapters().items()}
+    first = to_rank(values, 1)
+    limited = [replicate(part, 1) for part in parts]
+    for part in limited:
+        before = part.adapters()
+        part.load_adapters(values)
+        for mode in (False, True, True, False, False):
+            part.train(mode)
+            held = part.adapters()
+            assert [(name, id(p)) for name, p in held.items()] == [(name, id(p)) for name, p in before.items()]
+            assert all(torch.equal(p, first[name]) for name, p in held.items())
+        part.load_adapters(values)  # while it evaluates
+    for part in parts:
+        part.load_adapters(values)
+    loss, logits = run(parts, batch)
+    assert torch.equal(run(limited, batch)[1], logits)
+
+    for part in parts:
+        part.load_adapters(to_rank(first, 2))
+    for part in limited:
+        part.train()
+    expected = split_step(parts, batch)
+    got = split_step(limited, batch)
+    torch.testing.assert_close(got[1], expected[1])
+    assert (got[1] - logits).abs().max() > 1e-3, "the second direction matters"
+    assert got[0] != loss
+    assert got[2].keys() == expected[2].keys()
+    for name, gradient in to_rank(expected[2], 1).items():
+        torch.testing.assert_close(got[2][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def run(parts: Sequence[Part], batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Loss and logits."""
+    hidden = None
+    with torch.no_grad():
+        for part in parts:
+            output: Any = part(batch, hidden)
+            hidden = output
+    return output.loss, output.logits
 
 
 @pytest.mark.parametrize("family", ["bert", "gemma2"])

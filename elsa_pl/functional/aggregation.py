@@ -3,9 +3,9 @@
 Because a name says where a tensor stands in the *uncut* model, clients that were cut differently still average layer
 by layer: what is a front layer for one may be a middle layer for another.
 
-The factors A and B of LoRA are merged element by element, each for itself: the mean of products B A is not the product
-of the means (arXiv 2410.09432), and the same holds for medians and trimmed means. `krum` returns one sender's factors,
-which do belong together.
+Most merge the factors A and B of LoRA element by element, each for itself: the mean of products B A is not the
+product of the means (arXiv 2410.09432), and the same holds for medians and trimmed means. `exact` averages the
+products, and `krum` returns one sender's factors, which do belong together.
 
 The robust functions guard against senders that lie. A weight is partly the sender's own claim (its number of
 examples), so it decides only *whether* a sender counts: those with weight 0 are left out, all others count alike.
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elsa_pl.functional.factors import factor_pairs, refactored, with_fresh_directions
 from elsa_pl.functional.seeding import derive_seed
 
 Adapters = Mapping[str, Tensor]
@@ -58,6 +59,80 @@ def weighted_mean(adapters: Sequence[Adapters], weights: Sequence[float]) -> dic
             summed += sent[name].double() * weight
         mean[name] = (summed / total).to(first.dtype)
     return mean
+
+
+def exact(adapters: Sequence[Adapters], weights: Sequence[float], rank: int | None = None) -> dict[str, Tensor]:
+    r"""Average what the adapters do: the product of each LoRA layer's factors, and all else as `weighted_mean`.
+
+    .. math::
+        B A \approx \sum_n w_n B_n A_n / \sum_n w_n
+
+    Means of the factors, each for itself, have the products :math:`B_n A_k` of all pairs of senders in them instead.
+    The mean is of rank K, the sum of the senders' ranks: with their factors side by side, :math:`B = [w_n B_n]` and
+    :math:`A = [A_n]`, it is exact. With a ``rank`` it is the best approximation of that rank, see
+    `elsa_pl.functional.factors.refactored`; nothing is lost where K <= ``rank``, or where the senders' factors span the
+    same ``rank`` directions. Whoever merges a mean again gives no rank, so that this is lost once only.
+
+    Senders may have unlike ranks, as long as their products are scaled alike.
+
+    Args:
+        adapters: one mapping per sender, all with the same names.
+        weights: one non-negative weight per sender, not all zero.
+        rank: of the mean; None: what it takes to lose nothing, K or the smaller side of the layer.
+
+    Returns:
+        The mean, in the tensors' own dtype, of ``rank`` exactly if that is given: directions that the mean does not
+        have add nothing, but can be trained.
+
+    Raises:
+        ValueError: as `weighted_mean`; numbers that are not finite; factors without each other or that do not fit.
+
+    Source:
+        Singhal et al. 2024, arXiv 2410.09432, keeps what the mean of factors misses in the frozen weights; FlexLoRA,
+        Bai et al. 2024, arXiv 2402.11505, decomposes the mean product, as here.
+
+    Example:
+        >>> one = {"a.lora_A.weight": torch.tensor([[1.0, 0.0]]), "a.lora_B.weight": torch.tensor([[2.0]])}
+        >>> two = {"a.lora_A.weight": torch.tensor([[0.0, 1.0]]), "a.lora_B.weight": torch.tensor([[6.0]])}
+        >>> mean = exact([one, two], [1, 1])
+        >>> mean["a.lora_B.weight"] @ mean["a.lora_A.weight"]
+        tensor([[1., 3.]])
+        >>> mean = exact([one, two], [1, 1], rank=1)
+        >>> (mean["a.lora_B.weight"] @ mean["a.lora_A.weight"]).round(decimals=4)
+        tensor([[1., 3.]])
+    """
+    counted = _counted(adapters, weights)
+    shares = [weight / sum(weights) for weight in weights if weight > 0]
+    pairs = factor_pairs(counted[0])
+    factors = {name for pair in pairs for name in pair}
+    others = [{name: value for name, value in sent.items() if name not in factors} for sent in counted]
+    merged = weighted_mean(others, shares)
+    for name_a, name_b in pairs:
+        rows, columns = _side_by_side([(sent[name_a], sent[name_b]) for sent in counted], shares, name_a)
+        if rank is not None:
+            rows, columns = with_fresh_directions(*refactored(rows, columns, rank), rank, name_a)
+        elif len(rows) > (narrowest := min(rows.shape[1], len(columns))):
+            rows, columns = refactored(rows, columns, narrowest)
+        merged[name_a] = rows.to(counted[0][name_a].dtype)
+        merged[name_b] = columns.to(counted[0][name_b].dtype)
+    return {name: merged[name] for name in counted[0]}
+
+
+def _side_by_side(
+    factors: Sequence[tuple[Tensor, Tensor]], shares: Sequence[float], name: str
+) -> tuple[Tensor, Tensor]:
+    """A [K, I] and B [O, K] of the weighted sum of products, in double precision."""
+    first = [tuple(factor.shape) for factor in factors[0]]
+    for factor_a, factor_b in factors:
+        shapes = [tuple(factor_a.shape), tuple(factor_b.shape)]
+        if shapes != [(len(factor_a), *first[0][1:]), (first[1][0], len(factor_a))]:
+            raise ValueError(
+                f"{name}: expected factors [R, I] and [O, R] of one layer from all senders; got {shapes}, where the"
+                f" first sender has {first}: use another aggregator if this layer is neither linear nor an embedding"
+            )
+    rows = torch.cat([factor_a.double() for factor_a, _ in factors])
+    columns = [factor_b.double() * share for (_, factor_b), share in zip(factors, shares, strict=True)]
+    return rows, torch.cat(columns, dim=1)
 
 
 def median(adapters: Sequence[Adapters], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -167,10 +242,17 @@ def krum(adapters: Sequence[Adapters], weights: Sequence[float], faulty: float =
 
 AGGREGATORS: dict[str, Aggregator] = {
     "mean": weighted_mean,
+    "exact": exact,
+    "stacked": exact,
     "median": median,
     "trimmed_mean": trimmed_mean,
     "krum": krum,
 }
+
+
+MERGE_PRODUCTS = ("exact", "stacked")
+"""Those that merge products of factors, so that the factors may be of unlike ranks; they differ in what becomes of the
+mean: an adapter of the run's rank, or part of the frozen weights."""
 
 
 def sample_clients(clients: Sequence[str], participation: float, seed: int, round_number: int) -> frozenset[str]:

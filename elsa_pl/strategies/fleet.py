@@ -17,6 +17,7 @@ from torch import Tensor
 from elsa_pl.datamodules.faults import FaultKind, corrupt
 from elsa_pl.errors import LaunchError, RunFailed
 from elsa_pl.functional.costs import Workload
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings, draw_profile
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.functional.updates import hashed_update
@@ -117,15 +118,19 @@ class Fleet:
         else:
             self.network = draw_network(settings, topology, data, self._module.seed)
 
-    def simulate(self, work: Mapping[str, Work]) -> float | None:
+    def simulate(self, work: Mapping[str, Work], edges_sent: Mapping[str, int]) -> float | None:
         """Simulated seconds of the round that has just ended; None without a profile.
 
         Args:
             work: what each client did in it.
+            edges_sent: bytes that each edge sent to the cloud.
         """
         if self.network is None or self._placed_before is None:
             return None
-        return simulate_round(work, self._placed_before, self.network, self.workload, self._rounds.published_bytes)
+        workloads = {client: replace(self.workload, lora_rank=self._module.rank_of(client)) for client in work}
+        return simulate_round(
+            work, self._placed_before, self.network, workloads, self._rounds.published_bytes, edges_sent
+        )
 
     # ---- who is placed where -------------------------------------------------------------------------------------
 
@@ -292,7 +297,9 @@ class Fleet:
             return
         probed: dict[str, tuple[Tensor, ...]] = {}
         if self._probes is not None:
-            found = self._probes.evaluate({update.sender: update.adapters for update in updates}, self.placement.plans)
+            frozen = self._module.merged_weights()
+            sent = {update.sender: {**frozen, **update.adapters} for update in updates}
+            found = self._probes.evaluate(sent, self.placement.plans)
             for update in updates:
                 edge = self._rounds.edges[self.placement.assignment[update.sender]]
                 given = edge.given(trainer.current_epoch) or self._module.global_adapters()
@@ -300,6 +307,8 @@ class Fleet:
                 middle = edge.adapters_of(update.sender)
                 names = [name for name in given if ".lora_" in name and name not in middle]
                 before, after = ({name: side[name] for name in names} for side in (given, update.adapters))
+                before = to_rank(before, self._module.rank_of(update.sender))  # what it was given of it
+                before, after = (to_rank(side, self._module.lora.rank) for side in (before, after))
                 probed[update.sender] = (*found[update.sender], hashed_update(before, after))
         # hosts and cloud wait here for the edges, as long as so many calls one after the other may take
         at_worker = Counter(self._rounds.topology.edges[edge] for edge in self.placement.assignment.values())

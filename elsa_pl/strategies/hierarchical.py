@@ -17,7 +17,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
-from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
+from elsa_pl.functional.aggregation import AGGREGATORS, MERGE_PRODUCTS, exact, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.functional.quantization import BlockFormat
@@ -61,10 +61,15 @@ class HierarchicalStrategy(RpcStrategy):
         local_steps: optimizer steps of each client per edge round.
         participation: fraction of the clients that take part in a global round.
         aggregator: name of the merging rule, at the edges and at the cloud, one of
-            `elsa_pl.functional.aggregation.AGGREGATORS`. ``none``, in layout ``single``: no federation. Each client
-            trains alone, evaluation texts are dealt to the clients, and the mean of their adapters is exported.
+            `elsa_pl.functional.aggregation.AGGREGATORS`. With ``exact`` the edges send the cloud all that their means
+            need, which may be as much as they received. With ``stacked`` the cloud sends all of that back, to be merged
+            into the frozen weights, and each global round begins with fresh adapters (FLoRA, Wang et al. 2024, arXiv
+            2409.05976); what edges average for themselves in between is of the adapters' rank. ``none``, in layout
+            ``single``: no federation. Each client trains alone, evaluation texts are dealt to the clients, and the mean
+            of their adapters is exported.
         adapter_bits: of each number of an adapter on its way to a mean and back: 32; or 8 or 4, of the difference to
-            what the receiver has, with a scale for every 64 numbers.
+            what the receiver has, with a scale for every 64 numbers. Clients of unequal ranks, and ``stacked``, need
+            32.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -134,6 +139,11 @@ class HierarchicalStrategy(RpcStrategy):
             raise ConfigurationError(
                 f"aggregator={ALONE!r} is a comparison within one process; got layout={layout!r}: set layout to single"
             )
+        if aggregator == "stacked" and not reset_optimizer:
+            raise ConfigurationError(
+                "aggregator=stacked begins each round with fresh adapters, which the optimizer states that"
+                " reset_optimizer=false keeps do not fit: leave it out"
+            )
         if layout == "site" and (role is None or (name is None and role != "cloud")):
             raise ConfigurationError(
                 f"in the site layout every process names itself; got role={role!r}, name={name!r}: set role to cloud,"
@@ -147,6 +157,7 @@ class HierarchicalStrategy(RpcStrategy):
         self.num_edges, self.num_hosts = num_edges, num_hosts
         self.edge_rounds, self.local_steps, self.participation = edge_rounds, local_steps, participation
         self.aggregator, self.reset_optimizer = aggregator, reset_optimizer
+        self.adapter_bits = adapter_bits
         self._adapter_format = None if adapter_bits == 32 else BlockFormat(bits=adapter_bits, block=_ADAPTER_BLOCK)
         self.passes_in_flight, self.micro_batches = passes_in_flight, micro_batches
         self._edge_of = edge_of or {}
@@ -369,6 +380,7 @@ class HierarchicalStrategy(RpcStrategy):
         super().setup(trainer)
         refuse_unsupported(trainer)
         if self._rounds is None:
+            self._module.check_aggregator(self.aggregator, self.adapter_bits)
             if self.is_global_zero:
                 warn_of_overridden(trainer, edge_of=self._edge_of, client_plans=self._module.client_plans)
             datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]  # set by Trainer.fit
@@ -533,11 +545,17 @@ class HierarchicalStrategy(RpcStrategy):
                 self.fleet.place()
             return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
+        if self._module.stacks and mean is not None:
+            self._module.absorb(mean, round_number)
         if last:
             self.fleet.place()
-            self.rounds.count_published(self.publish(mean))
+            if self._module.stacks:  # what was merged is sent; fresh adapters come from the seed
+                self.publish()
+                self.rounds.count_published(cast(Mapping[str, Tensor], self.broadcast(mean)), whole=True)
+            else:
+                self.rounds.count_published(self.publish(mean))
 
-    def aggregate(self, scope: Scope, updates: list[Update]) -> Update | None:
+    def aggregate(self, scope: Scope, updates: list[Update], final: bool = True) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.
 
         A callback takes part by having ``on_before_aggregate(trainer, scope, updates) -> list[Update]``.
@@ -545,6 +563,7 @@ class HierarchicalStrategy(RpcStrategy):
         Args:
             scope: ``edge`` or ``cloud``.
             updates: what arrived.
+            final: whether the result becomes somebody's adapters, rather than part of another mean.
 
         Returns:
             The merged adapters with the sum of the weights, or None when no update is left.
@@ -557,8 +576,12 @@ class HierarchicalStrategy(RpcStrategy):
         updates = [update for update in updates if update.weight > 0 and update.sender not in bad]
         if not updates:
             return None
-        weights = [update.weight for update in updates]
-        merged = AGGREGATORS[self.aggregator]([update.adapters for update in updates], weights)
+        sent, weights = [update.adapters for update in updates], [update.weight for update in updates]
+        lossless = not final or (self.aggregator == "stacked" and scope == "cloud")
+        if self.aggregator in MERGE_PRODUCTS:
+            merged = exact(sent, weights, rank=None if lossless else self._module.lora.rank)
+        else:
+            merged = AGGREGATORS[self.aggregator](sent, weights)
         return Update(scope, sum(weights), merged)
 
 

@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 _EVALUATED_TOGETHER = 16  # texts; small enough that a batch keeps several passes in flight
 
 Scope = Literal["edge", "cloud"]
-Aggregate = Callable[[Scope, list[Update]], Update | None]
+Aggregate = Callable[[Scope, list[Update], bool], Update | None]
 Inspect = Callable[[list[Update]], None]
 Corrupt = Callable[[str, Update, Mapping[str, Tensor], tuple[int, int]], Update | None]
 
@@ -64,12 +64,16 @@ class Evaluation:
 class Rounds:
     """The part of one process in the rounds.
 
+    Attributes:
+        published_bytes: of what the cloud sent to each edge in the round that has just ended.
+
     Args:
         world: the processes.
         topology: who runs where.
         client_sizes: training examples of each client of this process, their weight in the means.
         edges: the edges of this process.
-        aggregate: the strategy's aggregation hook.
+        aggregate: the strategy's aggregation hook; called with the place, the updates, and whether its mean is final or
+            will be merged with others.
         inspect: called in every process with the updates that its edges received in a global round, before any mean.
         corrupt: what a faulty client submits instead of its update; called with its name, the update, the adapters
             that it had received, and global and edge round. None where it submits nothing.
@@ -111,6 +115,8 @@ class Rounds:
         self._seconds: dict[str, float] = {"steps": 0.0, "aggregation": 0.0}
         self._results: list[tuple[str, StepResult]] = []
         self._work: dict[str, Counter[str]] = {}
+        self._edges_sent: dict[str, int] = {}
+        self.published_bytes = 0
         for name, edge in edges.items():
             remote.serve(name, edge)
             world.serve_board(board_of(name), edge.board)
@@ -156,20 +162,22 @@ class Rounds:
         """Undo `encode`."""
         return dict(sent) if self._format is None else decode_deltas(sent, known, self._format)
 
-    def count_published(self, sent: Mapping[str, Tensor]) -> None:
-        """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
+    def count_published(self, sent: Mapping[str, Tensor], *, whole: bool = False) -> None:
+        """Count what the cloud sent to each edge, and of it to each client what it has layers for.
 
         A process receives them once for all that it runs, so that counts do not depend on the layout. To be called
         after `load`.
 
         Args:
             sent: in the form in which they were sent; a layer that is new to a client goes to it as it is.
+            whole: to clients too, rather than at their own rank.
         """
         self.published_bytes = num_bytes(sent)
         self._traffic["adapters/down"] += self.published_bytes * len(self.edges)
+        as_sent = whole or self._format is not None
         for name, received in self._received.items():
             new = self._new_layers[name]
-            own = {layer: value if layer in new else sent[layer] for layer, value in received.items()}
+            own = {key: sent[key] if as_sent and key not in new else value for key, value in received.items()}
             self._count_adapters("down", name, own)
 
     def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:
@@ -330,11 +338,12 @@ class Rounds:
         ]
 
     def _aggregate_edge(self, edge: EdgeService, key: tuple[int, int], updates: list[Update], *, last: bool) -> None:
-        merged = self._aggregate("edge", updates)
+        merged = self._aggregate("edge", updates, not last)
         if last:  # also without a mean, so that the cloud does not wait for it
             if merged is not None:
                 merged = Update(edge.name, merged.weight, self.encode(merged.adapters, self._published))
-                self._traffic["adapters/up"] += num_bytes(merged.adapters)
+            self._edges_sent[edge.name] = 0 if merged is None else merged.num_bytes
+            self._traffic["adapters/up"] += self._edges_sent[edge.name]
             timeout_s = self.world.call_timeout_s
             remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, merged, timeout_s=timeout_s)
         if merged is None or last:
@@ -363,6 +372,7 @@ class Rounds:
                     "mean",
                     key,
                     tuple(client.adapters()),
+                    client.rank,
                     timeout_s=self.world.round_timeout_s + self.world.call_timeout_s,
                     answers_later=True,
                 )
@@ -388,7 +398,7 @@ class Rounds:
         updates = [
             replace(update, adapters=self.decode(update.adapters, self._published)) for update in received.values()
         ]
-        merged = self._aggregate("cloud", updates)
+        merged = self._aggregate("cloud", updates, True)
         if merged is None:
             raise RunFailed(
                 f"no edge answered in round {key[0]}: nothing to aggregate; the last checkpoint holds the state before"
@@ -417,8 +427,9 @@ class Rounds:
             lost=tuple(sorted(self._given_up)),
             work={name: Work(**work) for name, work in self._work.items()},
             traffic=traffic,
+            edges_sent=self._edges_sent,
         )
-        self._results, self._traffic, self._work = [], Counter(), {}
+        self._results, self._traffic, self._work, self._edges_sent = [], Counter(), {}, {}
         self._seconds = dict.fromkeys(self._seconds, 0.0)
         return report
 

@@ -11,7 +11,12 @@ from elsa_pl.strategies.placement import Placement
 
 
 def simulate_round(
-    work: Mapping[str, Work], placement: Placement, network: NetworkProfile, workload: Workload, adapter_bytes: int
+    work: Mapping[str, Work],
+    placement: Placement,
+    network: NetworkProfile,
+    workloads: Mapping[str, Workload],
+    adapter_bytes: int,
+    edges_sent: Mapping[str, int],
 ) -> float:
     """Seconds of a round.
 
@@ -21,10 +26,13 @@ def simulate_round(
         work: what each client did, with the bytes that were counted.
         placement: edge and plan of each client in this round.
         network: devices and links.
-        workload: what a step of the model costs is counted from.
-        adapter_bytes: of the global adapters, which travel from each edge to the cloud and back.
+        workloads: what a step of each client costs is counted from.
+        adapter_bytes: of what the cloud sent to each edge.
+        edges_sent: bytes of what each edge sent to the cloud.
     """
-    costs = {client: _costs(done, workload, placement, client) for client, done in work.items() if done.num_steps}
+    costs = {
+        client: _costs(done, workloads[client], placement, client) for client, done in work.items() if done.num_steps
+    }
     by_edge: dict[str, dict[str, float]] = {}
     for client, cost in costs.items():
         by_edge.setdefault(placement.assignment[client], {})[client] = cost.middle_flops
@@ -46,7 +54,10 @@ def simulate_round(
             }
         ]
     cloud_s = {
-        name: 2 * trip_seconds(adapter_bytes, bytes_per_s=edge.cloud_bytes_per_s, latency_s=edge.cloud_latency_s)
+        name: sum(
+            trip_seconds(size, bytes_per_s=edge.cloud_bytes_per_s, latency_s=edge.cloud_latency_s)
+            for size in (edges_sent.get(name, 0), adapter_bytes)
+        )
         for name, edge in network.edges.items()
     }
     return round_seconds(rounds, cloud_s)

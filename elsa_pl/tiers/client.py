@@ -93,6 +93,11 @@ class Client:
         return self.front.part.last
 
     @property
+    def rank(self) -> int | None:
+        """Rank of what it trains of each adapter, where that is less than the whole."""
+        return self.front.part.rank
+
+    @property
     def tiers(self) -> list[Tier]:
         """What this client computes."""
         return [self.front] if self.tail is None else [self.front, self.tail]

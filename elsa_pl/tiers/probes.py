@@ -7,7 +7,7 @@ cross a link, where known texts under a fixed secret would give the secret away.
 
 import os
 import queue
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.microbatches import IGNORE_INDEX
 from elsa_pl.functional.pooling import TokenPooling, pool_batch, pool_states
 from elsa_pl.links import PREFIX, Codec, Link, on_states
@@ -37,6 +38,7 @@ class ProbeModel:
         device: where it computes.
         precision: enters the precision of the run.
         pooling: of tokens, at the two cuts.
+        merged: names of frozen weights that change between rounds.
     """
 
     def __init__(
@@ -46,15 +48,18 @@ class ProbeModel:
         device: torch.device,
         precision: PrecisionContext,
         pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
+        merged: Collection[str] = (),
     ) -> None:
         self._model: nn.Module = copy_sharing(model.get_base_model(), trainable=False).to(device).eval()
         self._task, self._device, self._precision = task, device, precision
-        self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
+        settings: Any = model.peft_config["default"]
+        self._rank: int = settings.r
+        self._parameters = {n: p for n, p in self._model.named_parameters() if p.requires_grad or n in merged}
         self._pooling = pooling
         self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
 
     def adapters(self) -> dict[str, Tensor]:
-        """Copies of the adapters that it has now, by global layer name."""
+        """Copies of the adapters that it has now, by global layer name, and of frozen weights that change."""
         return {name: parameter.detach().clone() for name, parameter in self._parameters.items()}
 
     def evaluate(
@@ -63,7 +68,7 @@ class ProbeModel:
         """States and predictions of the model with some adapters.
 
         Args:
-            adapters: by global layer name.
+            adapters: by global layer name; of a lower rank, too.
             batches: of probes, without labels.
             plan: where tokens are pooled, if they are.
 
@@ -74,7 +79,7 @@ class ProbeModel:
               large as the model.
         """
         with torch.no_grad():
-            self._load(adapters)
+            self.load(adapters)
             outputs = [self._evaluate(batch, plan) for batch in batches]
         states, predictions = zip(*outputs, strict=True)
         return torch.cat(states), torch.cat(predictions)
@@ -102,9 +107,9 @@ class ProbeModel:
         with torch.no_grad(), self._precision():
             before = None
             if uplink is not None and uplink.fits_untrained:
-                self._load(untrained)
+                self.load(untrained)
                 before = _rows([self._entering(front, self._moved(batch)) for batch in batches], behind)
-            self._load(adapters)
+            self.load(adapters)
             sent = [self._entering(front, self._moved(batch)) for batch in batches]
             if uplink is not None:
                 uplink.fit(_rows(sent, behind), untrained=before)
@@ -137,10 +142,12 @@ class ProbeModel:
         """What the tail sees of a batch."""
         return pool_batch(pool_batch(batch, self._pooling.uplink), self._pooling.downlink)
 
-    def _load(self, adapters: Mapping[str, Tensor]) -> None:
-        for name, value in adapters.items():
-            if not name.startswith(PREFIX):  # probes cross no link
-                self._parameters[name].copy_(value)
+    def load(self, adapters: Mapping[str, Tensor]) -> None:
+        """Take over adapters, of any rank."""
+        with torch.no_grad():
+            for name, value in to_rank(adapters, self._rank).items():
+                if not name.startswith(PREFIX):  # probes cross no link
+                    self._parameters[name].copy_(value)
 
     def _evaluate(self, batch: Batch, plan: SplitPlan) -> tuple[Tensor, Tensor]:
         inputs = self._moved(batch)
@@ -197,7 +204,11 @@ class ProbeDesk:
 
     def base(self) -> tuple[Tensor, Tensor]:
         """States (Q, D) and predictions (Q, C) of the model before any training."""
-        return self._models[0].evaluate(self._initial, self._batches, self._plan)
+        model = self._models[0]
+        now = model.adapters()
+        found = model.evaluate(self._initial, self._batches, self._plan)
+        model.load(now)  # others share its frozen weights
+        return found
 
     def fit_links(
         self, adapters: Mapping[str, Tensor], plans: Iterable[SplitPlan], make: Callable[[SplitPlan], dict[Link, Codec]]

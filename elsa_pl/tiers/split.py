@@ -1,13 +1,14 @@
 """The module that a user gives to the Trainer: the whole model, composed of its tiers.
 
-It owns the *global adapters*, which are all that training changes and all that a checkpoint holds. The tiers that use
-them live with the processes that run them; the strategy places those, and this module says how they are made.
+It owns the *global adapters*, which are all that training changes and all that a checkpoint holds; with the aggregator
+``stacked`` the weights of the adapted layers are among them. The tiers that use them live with the processes that run
+them; the strategy places those, and this module says how they are made.
 """
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import torch
@@ -19,13 +20,15 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
+from elsa_pl.functional.aggregation import MERGE_PRODUCTS
 from elsa_pl.functional.costs import Workload, shape_of
+from elsa_pl.functional.factors import SUFFIX, factor_pairs, fresh_rows, frozen_weight, refactored, to_rank
 from elsa_pl.functional.pooling import TokenPooling
 from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.hooks import hooks
 from elsa_pl.links import PREFIX
 from elsa_pl.lora import LoraSettings, add_lora
-from elsa_pl.models import Task, load_model
+from elsa_pl.models import Task, load_model, uncut
 from elsa_pl.partition import Part, SplitPlan, check_cut, check_reads_ahead, cut, num_blocks, replicate
 from elsa_pl.rpc.messages import RoundReport
 from elsa_pl.tiers.front import FrontModule
@@ -57,6 +60,8 @@ class SplitModel(LinkedModel):
         task: what the head does.
         plan: how many blocks front, middle and tail hold, where no callback chooses that.
         client_plans: plans of single clients, by name; they aggregate with the others layer by layer.
+        client_ranks: LoRA ranks of single clients, by name, at most ``lora.rank``: these train, send and receive the
+            first directions of the global adapters only. They take the aggregator ``exact`` or ``stacked``.
         token_pooling: at each of the cuts ``first``: only the state of each text's first token goes on, so that nothing
             else crosses the link; a number n: and the means of n following tokens each; None: all tokens. For
             classification with encoders; on the uplink, fronts of half the blocks or more learn as well with it.
@@ -79,6 +84,7 @@ class SplitModel(LinkedModel):
         task: Task = "classification",
         plan: SplitPlan = SplitPlan(),  # noqa: B008  # frozen
         client_plans: dict[str, SplitPlan] | None = None,
+        client_ranks: dict[str, int] | None = None,
         token_pooling: TokenPooling = TokenPooling(),  # noqa: B008  # frozen
         lora: LoraSettings = LoraSettings(),  # noqa: B008  # frozen
         optimizer: OptimizerFactory = adamw,
@@ -100,9 +106,16 @@ class SplitModel(LinkedModel):
             raise ConfigurationError(f"warmup_fraction must be in [0, 1]; got {warmup_fraction}")
         if token_pooling and task != "classification":
             raise ConfigurationError(f"token_pooling is for classification; got task={task!r}: leave it out")
+        for client, rank in (client_ranks or {}).items():
+            if not 1 <= rank <= lora.rank:
+                raise ConfigurationError(
+                    f"client_ranks must be in [1, lora.rank]; got {client}: {rank} with lora.rank={lora.rank}: lower"
+                    " it, or raise model.lora.rank"
+                )
         self.automatic_optimization = False
         self.model_name, self.model_config, self.task = model, model_config, task
         self.plan, self.client_plans = plan, client_plans or {}
+        self.client_ranks = client_ranks or {}
         self.token_pooling = token_pooling
         self.lora, self.make_optimizer = lora, optimizer
         self.lr_schedule, self.warmup_fraction = lr_schedule, warmup_fraction
@@ -124,15 +137,20 @@ class SplitModel(LinkedModel):
         self._parts: dict[SplitPlan, tuple[Part, ...]] = {}
         self._resolved_plan: SplitPlan | None = None
         self._checked: set[SplitPlan] = set()
+        self._turned: set[str] = set()  # names of weights that are [I, O]
 
     # ---- the model and its parts ---------------------------------------------------------------------------------
 
-    def build(self) -> PeftModel:
-        """The uncut model with the initial adapters: a function of the settings and the seed alone."""
+    def build(self, lora: LoraSettings | None = None) -> PeftModel:
+        """The uncut model with the initial adapters: a function of the settings and the seed alone.
+
+        Args:
+            lora: of the adapters; None for those of the run.
+        """
         base = load_model(
             self.model_name, self.model_config, self.task, self.num_labels, seed=derive_seed(self.seed, "model")
         )
-        return add_lora(base, self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
+        return add_lora(base, lora or self.lora, self.task, seed=derive_seed(self.seed, "adapters"))
 
     def build_trained(self) -> PeftModel:
         """The uncut model with the global adapters."""
@@ -142,6 +160,33 @@ class SplitModel(LinkedModel):
             for name, value in self.global_adapters().items():
                 if not name.startswith(PREFIX):  # what trains at the ends of links is no part of the model
                     parameters[name].copy_(value)
+        return model
+
+    def build_exported(self) -> PeftModel:
+        """The uncut model as the run began with it, and adapters that hold all that was trained since.
+
+        Where rounds end in the frozen weights, these are of the rank that the weights' changes have.
+        """
+        trained = self.build_trained()
+        if not self.stacks:
+            return trained
+        began, ended = dict(_adapted_layers(self.build())), dict(_adapted_layers(trained))
+        changes = {}
+        for name, (weight, turned) in began.items():
+            change = ended[name][0].detach().double() - weight.detach().double()
+            change = change.mT if turned else change
+            changes[name] = refactored(change, torch.eye(len(change)), min(change.shape))
+        rank = max(1, *(int((a.norm(dim=1) > 0).sum()) for a, _ in changes.values()))
+        factors: dict[str, Tensor] = {}
+        for name, pair in changes.items():
+            factors |= to_rank(dict(zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), pair, strict=True)), rank)
+        model = self.build(replace(self.lora, rank=rank, alpha=rank))
+        heads = dict(trained.get_base_model().named_parameters())
+        with torch.no_grad():
+            for name, parameter in model.get_base_model().named_parameters():
+                if parameter.requires_grad:
+                    factor = name.replace(".default.", ".")
+                    parameter.copy_(factors[factor] if factor in factors else heads[name])
         return model
 
     def prepare(self, num_labels: int | None) -> None:
@@ -180,6 +225,43 @@ class SplitModel(LinkedModel):
                 self.forget_base_model()
         self._checked.add(plan)
 
+    def check_aggregator(self, aggregator: str, adapter_bits: int) -> None:
+        """Check that adapters can be merged and sent so, before any process starts.
+
+        Args:
+            aggregator: one of `elsa_pl.functional.aggregation.AGGREGATORS`, or ``none``.
+            adapter_bits: of each number of an adapter that is sent.
+
+        Raises:
+            ConfigurationError: it merges tensors, and clients have unequal ranks; or it merges products, and an adapted
+                layer is not linear, or its weight is another layer's too.
+        """
+        unequal = {client: rank for client, rank in self.client_ranks.items() if rank != self.lora.rank}
+        if unequal and aggregator not in MERGE_PRODUCTS:
+            raise ConfigurationError(
+                f"expected strategy.aggregator={' or '.join(MERGE_PRODUCTS)} where clients have unequal ranks, got"
+                f" {aggregator!r} with client_ranks={unequal} and lora.rank={self.lora.rank}: set the aggregator, or"
+                " leave client_ranks out"
+            )
+        if adapter_bits != 32 and (unequal or aggregator == "stacked"):
+            raise ConfigurationError(
+                f"expected strategy.adapter_bits=32 with aggregator={aggregator} and client_ranks={unequal}, got"
+                f" {adapter_bits}: differences are between adapters of one rank; leave it out"
+            )
+        if aggregator not in MERGE_PRODUCTS:
+            return
+        stacked = aggregator == "stacked"
+        parameters = dict(uncut(self._base).named_parameters(remove_duplicate=False))
+        holders = Counter(parameters.values())
+        for name, value in parameters.items():
+            factor = ".lora_" in name and (value.ndim != 2 or (stacked and ".lora_embedding_" in name))
+            if factor or (stacked and name.endswith(SUFFIX) and holders[value] > 1):
+                layers = "linear layers with weights of their own" if stacked else "linear layers or embeddings"
+                raise ConfigurationError(
+                    f"expected {layers} with strategy.aggregator={aggregator}, got {name} {tuple(value.shape)}: leave"
+                    " the layer out of model.lora.target_modules, or use another aggregator"
+                )
+
     @property
     def _base(self) -> PeftModel:
         assert self._held, "parts are made before the base model is forgotten"
@@ -217,6 +299,10 @@ class SplitModel(LinkedModel):
         adapters = _adapters_of(self._parts_for(self.resolved_plan))
         for codec in self.codecs(self.resolved_plan).values():
             adapters |= {name: value for name, value in codec.tensors().items() if value.requires_grad}
+        if self.stacks:
+            layers = dict(_adapted_layers(self._base))
+            adapters |= {f"{name}{SUFFIX}": weight for name, (weight, _) in layers.items()}
+            self._turned = {f"{name}{SUFFIX}" for name, (_, turned) in layers.items() if turned}
         self.adapters = ParameterTree(adapters)
 
     def check_links(self, trainer: Any) -> None:
@@ -256,6 +342,46 @@ class SplitModel(LinkedModel):
         """The plan of a client, with its middle filled in."""
         return self.client_plans.get(client, self.plan).resolve(num_blocks(self._base))
 
+    @property
+    def stacks(self) -> bool:
+        """Whether rounds end in the frozen weights of the adapted layers, which then are among the global adapters."""
+        return getattr(self.trainer.strategy, "aggregator", None) == "stacked"
+
+    def merged_weights(self) -> dict[str, Tensor]:
+        """The frozen weights that rounds end in, by global name; none if they do not."""
+        return {name: value for name, value in self.global_adapters().items() if name.endswith(SUFFIX)}
+
+    def absorb(self, mean: Mapping[str, Tensor], round_number: int) -> None:
+        r"""Merge a mean into the frozen weights, and begin with fresh adapters.
+
+        .. math:: W \leftarrow W + \frac{\alpha}{R} B A, \qquad A \sim U(-1/\sqrt{I}, 1/\sqrt{I}), \quad B = 0
+
+        Args:
+            mean: of any rank, by global layer name.
+            round_number: the global round that ended, from which A is drawn.
+
+        Source:
+            FLoRA, Wang et al. 2024, arXiv 2409.05976, section 3.2, where each client does so.
+        """
+        taken = dict(mean)
+        weights = self.merged_weights()
+        for name_a, name_b in factor_pairs(mean):
+            place = frozen_weight(name_a)
+            change = mean[name_b].double() @ mean[name_a].double() * (self.lora.alpha / self.lora.rank)
+            taken[place] = weights[place].double() + (change.mT if place in self._turned else change)
+            seed = derive_seed(self.seed, "fresh adapters", round_number, name_a)
+            taken[name_a] = fresh_rows(self.lora.rank, mean[name_a].shape[1], seed)
+            taken[name_b] = mean[name_b].new_zeros(len(mean[name_b]), self.lora.rank)
+        self.load_global_adapters(taken)
+
+    def rank_of(self, client: str) -> int:
+        """The LoRA rank of a client."""
+        return self.client_ranks.get(client, self.lora.rank)
+
+    def _replicate(self, part: Part, client: str) -> Part:
+        rank = self.rank_of(client)
+        return replicate(part, rank if rank < self.lora.rank else None)
+
     def make_ends(self, client: str, plan: SplitPlan, device: torch.device) -> tuple[FrontModule, TailModule | None]:
         """A client's front, and tail if it has one: adapters of its own, frozen weights shared in this process."""
         parts = self._parts_for(plan)
@@ -264,15 +390,17 @@ class SplitModel(LinkedModel):
         encode = codecs["uplink"].side("encoder") if "uplink" in codecs else None
         decode = codecs["downlink"].side("decoder") if "downlink" in codecs else None
         return (
-            FrontModule(replicate(parts[0]), *shared, encode=encode, pooling=self.token_pooling.uplink),
-            TailModule(replicate(parts[2]), *shared, decode=decode) if plan.kind == "three-part" else None,
+            FrontModule(self._replicate(parts[0], client), *shared, encode=encode, pooling=self.token_pooling.uplink),
+            TailModule(self._replicate(parts[2], client), *shared, decode=decode)
+            if plan.kind == "three-part"
+            else None,
         )
 
     def make_session(self, client: str, plan: SplitPlan, device: torch.device) -> Tier | None:
         """A client's session at its edge; None where it needs none."""
         if plan.kind == "uncut":
             return None
-        part = replicate(self._parts_for(plan)[1])
+        part = self._replicate(self._parts_for(plan)[1], client)
         shared = (self.make_optimizer, self.precision_on(device), device)
         codecs = self.codecs(plan, client)
         decode = codecs["uplink"].side("decoder") if "uplink" in codecs else None
@@ -289,7 +417,11 @@ class SplitModel(LinkedModel):
     def replicas_for_probes(self, device: torch.device) -> list[ProbeModel]:
         """Replicas of the uncut model to try the adapters of several clients on at the same time."""
         precision = self.precision_on(device)
-        return [ProbeModel(self._base, self.task, device, precision, self.token_pooling) for _ in range(num_workers())]
+        merged = self.merged_weights()
+        return [
+            ProbeModel(self._base, self.task, device, precision, self.token_pooling, merged)
+            for _ in range(num_workers())
+        ]
 
     def recall_base_model(self) -> bool:
         """Have the uncut model at hand again; returns whether it had to be made anew."""
@@ -375,7 +507,8 @@ class SplitModel(LinkedModel):
         work = {client: done for report in reports for client, done in report.work.items()}
         for client, done in work.items():
             self.work.setdefault(client, Counter()).update(asdict(done))
-        simulated_s = self._strategy.fleet.simulate(work)
+        edges_sent = {edge: sent for report in reports for edge, sent in report.edges_sent.items()}
+        simulated_s = self._strategy.fleet.simulate(work, edges_sent)
         if simulated_s is not None:
             self.seconds["simulated"] += simulated_s
             values |= {"simulated/round_s": simulated_s, "simulated/time_s": self.seconds["simulated"]}
@@ -399,6 +532,7 @@ class SplitModel(LinkedModel):
             "model.lora.rank": self.lora.rank,
             "model.lora.alpha": float(self.lora.alpha),
             "model.lora.target_modules": None if targets is None else list(targets),
+            "strategy.aggregator": "stacked" if self.stacks else None,
             "links that learn": self.learned_links() or None,
             "data.labels": list(labels),
         }
@@ -444,6 +578,14 @@ class SplitModel(LinkedModel):
 def _hidden_size(model: PeftModel) -> int:
     config: Any = model.get_base_model().config
     return int(config.get_text_config().hidden_size)
+
+
+def _adapted_layers(model: PeftModel) -> Iterator[tuple[str, tuple[Tensor, bool]]]:
+    """Frozen weight of each adapted layer by its global name, and whether that is [I, O] rather than [O, I]."""
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, LoraLayer):
+            layer: Any = module
+            yield name, (layer.get_base_layer().weight, bool(getattr(layer, "fan_in_fan_out", False)))
 
 
 def _adapters_of(parts: tuple[Part, ...]) -> dict[str, Tensor]:
