@@ -31,7 +31,8 @@ class LatencyAwareAssignment(Callback):
 
     Args:
         latency_weight: of the latency between client and edge, over its median.
-        behaviour_weight: of the mean divergence to the clients of the edge, over the median between clients.
+        behaviour_weight: of the mean divergence to the clients of the edge, over the median between clients. Above 0
+            clients that behave alike share an edge; below 0 those that behave unlike do.
         capacity: most clients of an edge, for all edges or by name; None: a quarter more than an equal share.
         pictures: draw latency against behaviour into the run's folder.
 
@@ -50,8 +51,10 @@ class LatencyAwareAssignment(Callback):
         capacity: int | dict[str, int] | None = None,
         pictures: bool = True,
     ) -> None:
-        if not 0 <= latency_weight < math.inf or not 0 <= behaviour_weight < math.inf:
-            raise ValueError(f"weights must be at least 0; got {latency_weight} and {behaviour_weight}")
+        if not 0 <= latency_weight < math.inf or not math.isfinite(behaviour_weight):
+            raise ValueError(
+                f"expected latency_weight >= 0 and behaviour_weight finite; got {latency_weight} and {behaviour_weight}"
+            )
         if latency_weight == behaviour_weight == 0:
             raise ValueError("latency_weight and behaviour_weight are both 0: set one of them")
         self._latency_weight, self._behaviour_weight = latency_weight, behaviour_weight

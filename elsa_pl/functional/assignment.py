@@ -81,7 +81,7 @@ def assign(
         capacities: most clients of each edge. [E]
         trust: in [0, 1]; None trusts all. [N]
         latency_weight: lambda_l.
-        behaviour_weight: lambda_b.
+        behaviour_weight: lambda_b; below 0 clients that behave unlike share an edge, so that each edge has all kinds.
         spread_weight: lambda_s.
 
     Returns:
@@ -193,8 +193,9 @@ class _Problem(NamedTuple):
             "spread_weight": spread_weight,
         }
         for name, weight in weights.items():
-            if not 0 <= weight < math.inf:
-                raise ValueError(f"expected {name} >= 0; got {weight}")
+            least = -math.inf if name == "behaviour_weight" else 0.0
+            if not (least <= weight < math.inf and weight != -math.inf):
+                raise ValueError(f"expected {name} >= {least:g}, and finite; got {weight}")
         distrust = 1 - trusted
         even = max(1.0, float(distrust.sum()) / count)
         between = apart[~np.eye(clients, dtype=bool)]
@@ -235,7 +236,9 @@ def _starts(problem: _Problem, capacities: Places) -> list[Places]:
         from scipy.spatial.distance import squareform
 
         condensed = squareform(problem.divergence, checks=False)
-        for method in ("average", "ward"):
+        for method in (
+            ("average", "ward") if condensed.min() >= 0 else ()
+        ):  # groups of the alike are no start for others
             groups = fcluster(linkage(condensed, method), count, "maxclust") - 1
             starts.append(_nearest_edges(problem.latency, groups.astype(np.int64), None))
         generator = np.random.default_rng(0)  # a fixed seed: the same problem has one answer

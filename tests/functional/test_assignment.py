@@ -234,7 +234,9 @@ def test_a_thousand_clients() -> None:
         ({"trust": torch.full((4,), 1.5)}, "trust in"),
         ({"trust": torch.full((4,), math.nan)}, "trust in"),
         ({"latency_weight": -1.0}, "latency_weight >= 0"),
-        ({"behaviour_weight": math.inf}, "behaviour_weight >= 0"),
+        ({"behaviour_weight": math.inf}, "behaviour_weight >= -inf, and finite; got inf"),
+        ({"behaviour_weight": -math.inf}, "behaviour_weight >= -inf, and finite; got -inf"),
+        ({"latency_weight": -1.0}, "latency_weight >= 0, and finite; got -1"),
         ({"spread_weight": math.nan}, "spread_weight >= 0"),
     ],
 )
@@ -248,3 +250,28 @@ def test_bad_input(changed: dict[str, Any], message: str) -> None:
 def test_costs_of_an_assignment_that_does_not_fit(edges: list[int]) -> None:
     with pytest.raises(ValueError, match=r"expected 4 indices of edges in \[0, 2\)"):
         assignment_costs(torch.tensor(edges), torch.ones(4, 2), None)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_below_zero_each_edge_has_all_kinds(seed: int) -> None:
+    """Four kinds of clients: of 8 on 2 edges each edge has one of each, as trying all assignments shows."""
+    generator = torch.Generator().manual_seed(seed)
+    kinds = torch.arange(8) % 4
+    order = torch.randperm(8, generator=generator)
+    kinds = kinds[order]
+    noise = torch.rand(8, 8, generator=generator)
+    divergences = 10.0 * (kinds[:, None] != kinds[None, :]) + noise + noise.T
+    divergences.fill_diagonal_(0)
+    latency_s = 0.001 * torch.rand(8, 2, generator=generator)
+    edges = assign(latency_s, divergences, [4, 4], latency_weight=0.01, behaviour_weight=-1.0)
+    for edge in (0, 1):
+        assert sorted(kinds[edges == edge].tolist()) == [0, 1, 2, 3]
+    found = assignment_costs(edges, latency_s, divergences, latency_weight=0.01, behaviour_weight=-1.0)
+    halves = [
+        torch.tensor([index in members for index in range(8)]).long() for members in itertools.combinations(range(8), 4)
+    ]
+    objectives = [
+        assignment_costs(half, latency_s, divergences, latency_weight=0.01, behaviour_weight=-1.0).objective
+        for half in halves
+    ]
+    assert found.objective == pytest.approx(min(objectives))
