@@ -97,9 +97,16 @@ def test_examples_of_settings_are_accepted(
 
 @pytest.mark.parametrize("text", blocks("python"))
 def test_examples_of_code_compile(text: str) -> None:
-    for path in re.findall(r'^--8<-- "(.*)"$', text, re.MULTILINE):
+    compile(text.replace(", ...)", ")"), "example", "exec")
+
+
+def test_pages_show_the_examples_that_extend_a_run() -> None:
+    shown = re.findall(r'^--8<-- "(.*)"$', (ROOT / "docs" / "extending.md").read_text(), re.MULTILINE)
+    tested = (ROOT / "tests" / "test_extensions.py").read_text()
+    assert shown == ["examples/keep_largest.py", "examples/centred_clipping.py", "examples/unequal_sizes.py"]
+    for path in shown:
         assert (ROOT / path).is_file()
-    compile(re.sub(r"^--8<--.*$", "", text, flags=re.MULTILINE).replace(", ...)", ")"), "example", "exec")
+        assert f'"{Path(path).stem}"' in tested
 
 
 @pytest.mark.parametrize("page", [pytest.param(page, id=str(page.relative_to(ROOT))) for page in PAGES])
