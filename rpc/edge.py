@@ -46,7 +46,8 @@ class EdgeService:
         self.name = name
         self.sessions: dict[str, Session] = sessions
         self.board = Board(name)
-        self._mean: tuple[Any, dict[str, Tensor] | None] = (None, None)
+        self._sent: tuple[Any, dict[str, Tensor] | None] = (None, None)
+        self._given: tuple[int, dict[str, Tensor]] | None = None
         self._waiting: list[tuple[Any, tuple[str, ...], torch.futures.Future[Any]]] = []
         self._mean_lock = threading.Lock()
         self._device = device
@@ -138,29 +139,36 @@ class EdgeService:
 
     @exposed
     def mean(self, key: Any, names: tuple[str, ...]) -> Any:
-        """Answer, later, with this edge's mean of the round ``key``: the named adapters, or None without any update."""
+        """Answer, later, with this edge's mean of the round ``key``: the named adapters as sent, or None."""
         answer: torch.futures.Future[Any] = torch.futures.Future()
         with self._mean_lock:
             self._waiting.append((key, names, answer))
         self._answer()
         return answer
 
-    def publish_mean(self, key: Any, mean: dict[str, Tensor] | None) -> None:
-        """Make the mean of the round ``key`` known; it replaces the one before."""
+    def publish_mean(self, key: Any, mean: dict[str, Tensor] | None, sent: dict[str, Tensor] | None) -> None:
+        """Make the mean of the round ``key`` known; it replaces the one before.
+
+        Args:
+            key: of the round.
+            mean: None without any update.
+            sent: the form in which it is sent.
+        """
         with self._mean_lock:
-            self._mean = (key, mean)
+            self._sent = (key, sent)
+            if mean is not None:  # without one its clients go on from what they have
+                self._given = (key[0], mean)
         self._answer()
 
     def given(self, round_number: int) -> dict[str, Tensor] | None:
         """The mean that its clients went on from last in a global round; None before the first one of the round."""
         with self._mean_lock:
-            key, mean = self._mean
-        return mean if key is not None and key[0] == round_number else None
+            return self._given[1] if self._given is not None and self._given[0] == round_number else None
 
     def _answer(self) -> None:
         with self._mean_lock:
-            known, mean = self._mean
+            known, sent = self._sent
             ready = [waiting for waiting in self._waiting if waiting[0] == known]
             self._waiting = [waiting for waiting in self._waiting if waiting[0] != known]
         for _, names, answer in ready:
-            answer.set_result(None if mean is None else {name: mean[name] for name in names})
+            answer.set_result(None if sent is None else {name: sent[name] for name in names})

@@ -146,7 +146,7 @@ def test_bytes_of_a_round_count_its_participants(tmp_path: Path, data_settings: 
 
 def events(folder: Path) -> dict[tuple[str, int], float]:
     """The scalars in TensorBoard's files, by name and step: records of a length, a checksum, an event and another."""
-    found = {}
+    found: dict[tuple[str, int], float] = {}
     for path in folder.glob("events.*"):
         content = path.read_bytes()
         while content:

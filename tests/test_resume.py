@@ -10,6 +10,7 @@ SETTINGS = {
     "strategy.num_edges": 2,
     "strategy.edge_rounds": 2,
     "strategy.participation": 0.5,
+    "strategy.adapter_bits": 4,
     "model.lora": {"dropout": 0.2},
     "model.accumulate_grad_batches": 2,
     "data.batch_size": 4,

@@ -120,6 +120,25 @@ def test_one_edge_is_fedavg_on_the_uncut_model(tmp_path: Path, data_settings: Se
     assert moved(expected[2], expected[1])
 
 
+# a number is rounded up to five times in two edge rounds, each time by up to half a step of 1/127 or 1/7
+@pytest.mark.parametrize(("bits", "share", "worst"), [(8, 66 / 256, 2.5 / 127), (4, 34 / 256, 2.5 / 7)])
+def test_differences_in_few_bits(
+    bits: int, share: float, worst: float, tmp_path: Path, data_settings: Settings
+) -> None:
+    """Nearly what full precision trains, at its share of the bytes; the scales are 2 bytes for every 64 numbers."""
+    settings = {**data_settings, "strategy.num_edges": 2, "strategy.edge_rounds": 2, **KEEP_ALL}
+    full = run_here(tmp_path, "full", settings)
+    few = run_here(tmp_path, "few", {**settings, "strategy.adapter_bits": bits})
+    start = initial_adapters(settings)
+    for name, value in full.adapters(0).items():
+        moved_by, error = (value - start[name]).abs().max(), (few.adapters(0)[name] - value).abs().max()
+        assert 0 < error < worst * moved_by, name
+    for way in ("up", "down"):
+        sent, expected = (run.summary()["bytes"]["adapters"][way] for run in (few, full))
+        assert sent == pytest.approx(share * expected, rel=0.01)  # small tensors end in a block that is not full
+    assert few.metrics()[1]["train_loss"] == pytest.approx(full.metrics()[1]["train_loss"], rel=0.01)
+
+
 UNCUT = {"model.plan": {"front": 4, "middle": 0, "tail": 0}}
 
 

@@ -25,7 +25,7 @@ from elsa_pl.rpc.messages import Update, Work
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies.measurement import measure_links, with_links
 from elsa_pl.strategies.placement import Placement, Plain, decide
-from elsa_pl.strategies.rounds import Rounds, num_bytes
+from elsa_pl.strategies.rounds import Rounds
 from elsa_pl.strategies.simulation import simulate_round
 from elsa_pl.strategies.topology import Topology
 from elsa_pl.tiers.client import Client, EdgeAddress
@@ -125,8 +125,7 @@ class Fleet:
         """
         if self.network is None or self._placed_before is None:
             return None
-        adapter_bytes = num_bytes(self._module.global_adapters())
-        return simulate_round(work, self._placed_before, self.network, self.workload, adapter_bytes)
+        return simulate_round(work, self._placed_before, self.network, self.workload, self._rounds.published_bytes)
 
     # ---- who is placed where -------------------------------------------------------------------------------------
 

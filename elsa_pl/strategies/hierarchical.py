@@ -5,9 +5,10 @@ of the epoch with `aggregate` at the cloud, before validation looks at the model
 """
 
 import logging
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -19,6 +20,7 @@ from elsa_pl.errors import ConfigurationError, LaunchError
 from elsa_pl.functional.aggregation import AGGREGATORS, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
+from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.hooks import asks, hooks
 from elsa_pl.rpc import lifecycle, remote
 from elsa_pl.rpc.edge import EdgeService
@@ -40,6 +42,8 @@ log = logging.getLogger(__name__)
 
 ALONE = "none"  # an aggregator that merges nothing
 
+_ADAPTER_BLOCK = 64
+
 _RPC_THREADS_PER_PASS = 2
 _SPARE_RPC_THREADS = 8
 
@@ -59,6 +63,8 @@ class HierarchicalStrategy(RpcStrategy):
         aggregator: name of the merging rule, at the edges and at the cloud, one of
             `elsa_pl.functional.aggregation.AGGREGATORS`. ``none``, in layout ``single``: no federation. Each client
             trains alone, evaluation texts are dealt to the clients, and the mean of their adapters is exported.
+        adapter_bits: of each number of an adapter on its way to a mean and back: 32; or 8 or 4, of the difference to
+            what the receiver has, with a scale for every 64 numbers.
         reset_optimizer: forget optimizer states at the start of each global round; then a resumed run equals an
             uninterrupted one bit for bit.
         passes_in_flight: forward and backward passes that a host has under way at the same time, of different clients
@@ -88,6 +94,7 @@ class HierarchicalStrategy(RpcStrategy):
         local_steps: int = 5,
         participation: float = 1.0,
         aggregator: str = "mean",
+        adapter_bits: Literal[32, 8, 4] = 32,
         reset_optimizer: bool = True,
         passes_in_flight: int = 4,
         micro_batches: int = 1,
@@ -140,6 +147,7 @@ class HierarchicalStrategy(RpcStrategy):
         self.num_edges, self.num_hosts = num_edges, num_hosts
         self.edge_rounds, self.local_steps, self.participation = edge_rounds, local_steps, participation
         self.aggregator, self.reset_optimizer = aggregator, reset_optimizer
+        self._adapter_format = None if adapter_bits == 32 else BlockFormat(bits=adapter_bits, block=_ADAPTER_BLOCK)
         self.passes_in_flight, self.micro_batches = passes_in_flight, micro_batches
         self._edge_of = edge_of or {}
         self._profile = profile
@@ -435,6 +443,7 @@ class HierarchicalStrategy(RpcStrategy):
             passes_in_flight=self.passes_in_flight,
             reporter=reporter,
             own=self.own_adapters,
+            format=self._adapter_format,
         )
 
     @property
@@ -496,15 +505,25 @@ class HierarchicalStrategy(RpcStrategy):
                 loss=loss,
             )
 
-    def publish(self) -> None:
-        """The cloud's adapters become everybody's: the module's, the clients' and the sessions'."""
-        adapters = self.broadcast(self._module.global_adapters() if self.is_global_zero else None)
-        self._module.load_global_adapters(adapters)
+    def publish(self, mean: Mapping[str, Tensor] | None = None) -> Mapping[str, Tensor]:
+        """The cloud's adapters become everybody's: the module's, the clients' and the sessions'.
+
+        Args:
+            mean: at the cloud, what follows the adapters that everybody has; without it those of its module.
+
+        Returns:
+            What was sent.
+        """
+        before = self._module.global_adapters()
+        sent = before if mean is None else self.rounds.encode(mean, before)
+        sent = cast(Mapping[str, Tensor], self.broadcast(sent if self.is_global_zero else None))
+        self._module.load_global_adapters(self.rounds.decode(sent, before))
         fitted = self.fleet.fit_links()
         self._module.start_links(fitted)
         self.rounds.load({**fitted, **self._module.global_adapters()})
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self.rounds.count_fitted(fitted)
+        return sent
 
     def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
         """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""
@@ -514,12 +533,9 @@ class HierarchicalStrategy(RpcStrategy):
                 self.fleet.place()
             return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
-        if mean is not None:
-            self._module.load_global_adapters(mean)
         if last:
             self.fleet.place()
-            self.publish()
-            self.rounds.count_published(self._module.global_adapters())
+            self.rounds.count_published(self.publish(mean))
 
     def aggregate(self, scope: Scope, updates: list[Update]) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.

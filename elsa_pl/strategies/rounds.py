@@ -25,7 +25,9 @@ from torch import Tensor
 
 from elsa_pl.errors import RemoteError, RunFailed
 from elsa_pl.functional.aggregation import weighted_mean
+from elsa_pl.functional.deltas import decode_deltas, encode_deltas
 from elsa_pl.functional.microbatches import num_targets
+from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.rpc import remote
 from elsa_pl.rpc.edge import EdgeService
 from elsa_pl.rpc.messages import RoundReport, Update, Work
@@ -74,6 +76,7 @@ class Rounds:
         passes_in_flight: passes that this process' clients run at the same time.
         reporter: tells the cloud how far the clients are.
         own: adapters of clients that train alone; see `keep_own`.
+        format: of the differences that adapters are sent as; None: as they are.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Rounds:
         passes_in_flight: int,
         reporter: ProgressReporter,
         own: dict[str, dict[str, Tensor]],
+        format: BlockFormat | None,
     ) -> None:
         self.world, self.topology, self.edges = world, topology, edges
         self.local_names = list(client_sizes)
@@ -96,7 +100,11 @@ class Rounds:
         self.clients: dict[str, Client] = {}
         self._sizes, self._aggregate, self._inspect, self._corrupt = client_sizes, aggregate, inspect, corrupt
         self._received: dict[str, dict[str, Tensor]] = {}
-        self._reporter, self._own = reporter, own
+        self._reporter, self._own, self._format = reporter, own, format
+        self._published: Mapping[str, Tensor] = {}
+        self.published_bytes = 0
+        # layers that a client did not have before the last publication
+        self._new_layers: dict[str, set[str]] = {}
         self._crew = Crew(passes_in_flight if client_sizes else 0)
         self._given_up: set[str] = set()
         self._traffic: Counter[str] = Counter()
@@ -135,17 +143,34 @@ class Rounds:
         for edge in self.edges.values():
             for name, session in edge.sessions.items():
                 session.load(self._own.get(name, adapters))
-        self._received = {name: client.adapters() for name, client in self.clients.items()}
+        self._published = {name: value.clone() for name, value in adapters.items()}
+        received = {name: client.adapters() for name, client in self.clients.items()}
+        self._new_layers = {name: got.keys() - self._received.get(name, got).keys() for name, got in received.items()}
+        self._received = received
 
-    def count_published(self, adapters: Mapping[str, Tensor]) -> None:
+    def encode(self, adapters: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The form in which adapters are sent to who has those that are ``known``."""
+        return dict(adapters) if self._format is None else encode_deltas(adapters, known, self._format)
+
+    def decode(self, sent: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Undo `encode`."""
+        return dict(sent) if self._format is None else decode_deltas(sent, known, self._format)
+
+    def count_published(self, sent: Mapping[str, Tensor]) -> None:
         """Count the global adapters as sent to each edge as a whole, and to each client as far as it has them.
 
         A process receives them once for all that it runs, so that counts do not depend on the layout. To be called
         after `load`.
+
+        Args:
+            sent: in the form in which they were sent; a layer that is new to a client goes to it as it is.
         """
-        self._traffic["adapters/down"] += num_bytes(adapters) * len(self.edges)
+        self.published_bytes = num_bytes(sent)
+        self._traffic["adapters/down"] += self.published_bytes * len(self.edges)
         for name, received in self._received.items():
-            self._count_adapters("down", name, received)
+            new = self._new_layers[name]
+            own = {layer: value if layer in new else sent[layer] for layer, value in received.items()}
+            self._count_adapters("down", name, own)
 
     def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:
         """Count what each client receives of what its ends of links were fitted to."""
@@ -280,6 +305,7 @@ class Rounds:
             update = self._corrupt(name, honest, self._received[name], key)
             if update is None:
                 continue
+            update = replace(update, adapters=self.encode(update.adapters, self._received[name]))
             self._count_adapters("up", name, update.adapters)
             edge = client.edge
             try:
@@ -297,23 +323,33 @@ class Rounds:
         expected = [client for client in self.topology.clients_of(edge.name) if client in participants]
         received = edge.board.collect(key, expected, max(0.0, deadline - time.monotonic()))
         _report_missing(f"{edge.name}, round {key[0]}", expected, received)
+        given = self._given(edge, key)
         return [
-            Update(name, update.weight, {**update.adapters, **edge.adapters_of(name)})
+            Update(name, update.weight, {**self.decode(update.adapters, given), **edge.adapters_of(name)})
             for name, update in received.items()
         ]
 
     def _aggregate_edge(self, edge: EdgeService, key: tuple[int, int], updates: list[Update], *, last: bool) -> None:
         merged = self._aggregate("edge", updates)
-        mean = None if merged is None else merged.adapters
-        if mean is not None and not last:
-            for session in edge.sessions.values():
-                session.load(mean)
-        edge.publish_mean(key, mean)
         if last:  # also without a mean, so that the cloud does not wait for it
-            update = None if merged is None else replace(merged, sender=edge.name)
-            self._traffic["adapters/up"] += num_bytes(mean or {})
+            if merged is not None:
+                merged = Update(edge.name, merged.weight, self.encode(merged.adapters, self._published))
+                self._traffic["adapters/up"] += num_bytes(merged.adapters)
             timeout_s = self.world.call_timeout_s
-            remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, update, timeout_s=timeout_s)
+            remote.call(self.world.cloud, "board", "post", ("edges", *key), edge.name, merged, timeout_s=timeout_s)
+        if merged is None or last:
+            edge.publish_mean(key, None, None)
+            return
+        given = self._given(edge, key)
+        sent = self.encode(merged.adapters, given)
+        mean = self.decode(sent, given)
+        for session in edge.sessions.values():
+            session.load(mean)
+        edge.publish_mean(key, mean, sent)
+
+    def _given(self, edge: EdgeService, key: tuple[int, int]) -> Mapping[str, Tensor]:
+        """What an edge's clients went on from last."""
+        return edge.given(key[0]) or self._published
 
     def _fetch_means(self, key: tuple[int, int], names: list[str]) -> None:
         """The edges' means become the clients' adapters; an edge without answers leaves them as they are."""
@@ -339,9 +375,9 @@ class Rounds:
                 self._give_up(name, str(error))
                 continue
             if mean is not None:
-                self.clients[name].load(mean)
-                self._received[name] = mean
                 self._count_adapters("down", name, mean)
+                self._received[name] = self.decode(mean, self._received[name])
+                self.clients[name].load(self._received[name])
 
     def _aggregate_cloud(self, key: tuple[int, int], participants: frozenset[str]) -> dict[str, Tensor]:
         expected = [edge for edge in self.topology.edges if participants & set(self.topology.clients_of(edge))]
@@ -349,7 +385,10 @@ class Rounds:
         answers = self.world.board.collect(("edges", *key), expected, timeout_s)
         received = {edge: update for edge, update in answers.items() if update is not None}
         _report_missing(f"cloud, round {key[0]}", expected, received)
-        merged = self._aggregate("cloud", list(received.values()))
+        updates = [
+            replace(update, adapters=self.decode(update.adapters, self._published)) for update in received.values()
+        ]
+        merged = self._aggregate("cloud", updates)
         if merged is None:
             raise RunFailed(
                 f"no edge answered in round {key[0]}: nothing to aggregate; the last checkpoint holds the state before"
