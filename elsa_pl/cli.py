@@ -332,6 +332,13 @@ class ElsaCLI(LightningCLI):
             self.model, metrics, seconds=seconds, adapter=adapter, stage=stage, tested_round=tested_round
         )
         write_summary(self.run_dir / "summary.json", summary)
+        if adapter is not None:
+            # here, because a run that has begun need not have waited for what draws
+            from elsa_pl.report import write_run_report
+            from elsa_pl.report.clients import write_clients
+
+            write_clients(self.run_dir / "clients.csv", self.trainer)
+            write_run_report(self.run_dir)
         print(closing(summary, self.run_dir, self.model), flush=True)
 
     def _has_test(self) -> bool:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 MOST_CLIENTS_IN_TABLE = 20
 _MOST_LABELS_IN_TABLE = 20
 _LEFT_BEHIND = {
+    "report.html": "all of it to look at, in one file",
     "adapter": "the averaged LoRA adapter, in the form that peft reads",
     "checkpoints": "the best round, and last.ckpt to go on from",
     "predictions.csv": "what the model says about each row",

@@ -116,6 +116,8 @@ class SplitModel(LinkedModel):
         self.num_rounds = 0
         self.num_bytes: Counter[str] = Counter()
         self.seconds: Counter[str] = Counter()
+        # of each client over the rounds: what `elsa_pl.rpc.messages.Work` counts
+        self.work: dict[str, Counter[str]] = {}
         # in a list, because a module's attribute would be part of its state_dict, and a checkpoint without the base
         # model could not be loaded
         self._held: list[PeftModel] = []
@@ -371,6 +373,8 @@ class SplitModel(LinkedModel):
         values |= {f"seconds/{name}": value for name, value in seconds.items()}
         values["clients_lost"] = float(sum(len(report.lost) for report in reports))
         work = {client: done for report in reports for client, done in report.work.items()}
+        for client, done in work.items():
+            self.work.setdefault(client, Counter()).update(asdict(done))
         simulated_s = self._strategy.fleet.simulate(work)
         if simulated_s is not None:
             self.seconds["simulated"] += simulated_s
@@ -420,6 +424,7 @@ class SplitModel(LinkedModel):
             "num_rounds": self.num_rounds,
             "num_bytes": dict(self.num_bytes),
             "seconds": dict(self.seconds),
+            "work": {client: dict(done) for client, done in self.work.items()},
         }
         checkpoint["elsa_own_adapters"] = self._strategy.own_adapters
 
@@ -433,6 +438,7 @@ class SplitModel(LinkedModel):
         totals = checkpoint["elsa_totals"]
         self.num_rounds = totals["num_rounds"]
         self.num_bytes, self.seconds = Counter(totals["num_bytes"]), Counter(totals["seconds"])
+        self.work = {client: Counter(done) for client, done in totals["work"].items()}
 
 
 def _hidden_size(model: PeftModel) -> int:

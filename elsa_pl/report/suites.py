@@ -1,0 +1,177 @@
+"""The report of a suite, from its table."""
+
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from elsa_pl.experiments.results import read_results
+from elsa_pl.report.curves import draw_lines, of_several
+from elsa_pl.report.page import Cell, Page, Section, Table, draw, number, text
+
+if TYPE_CHECKING:
+    from elsa_pl.report.curves import Line
+
+_NUMBERED = re.compile(r"(.*?)-(\d+(?:\.\d+)?)$")
+
+
+def write_suite_report(folder: Path) -> Path:
+    """Write ``report.html`` into the folder of a suite, and its pictures into ``pictures/``; returns the page's path.
+
+    Args:
+        folder: with ``results.csv`` and ``suite.json``; see `elsa_pl.experiments.results`.
+
+    Raises:
+        ConfigurationError: no table, or one of another format.
+    """
+    table = read_results(folder)
+    suite = json.loads((folder / "suite.json").read_text())
+    done, failed = (table[table.status == status] for status in ("done", "failed"))
+    cells = table.drop_duplicates(["case", "data_set", "method", "seed"])
+    seeds = ", ".join(map(str, sorted(cells.seed.unique())))
+    page = Page(
+        title=suite["title"],
+        subtitle=f"{len(cells)} runs, seeds {seeds}, size {suite['size']}; elsa_pl {suite['versions']['elsa_pl']}",
+        figures=[(str(len(cells) - len(failed)), "runs ended well"), (str(len(failed)), "runs failed")],
+    )
+    if len(failed):
+        page.sections.append(
+            Section(
+                "Failed runs",
+                errors=[
+                    (f"{row['case']}, {row['data_set']}, {row['method']}, seed {row['seed']}", str(row["error"]))
+                    for _, row in failed.iterrows()
+                ],
+            )
+        )
+    order = [name for name in suite["methods"] if name in set(cells.method)]
+    cases = [name for name in suite["cases"] if name in set(done.case)]
+    for case in cases:
+        for data_set, part in done[done.case == case].groupby("data_set", sort=False):
+            page.sections.append(_compare(folder, suite, str(case), str(data_set), part, order))
+    page.sections += _by_number(folder, done, order, cases)
+    page.sections.append(_methods(suite, order))
+    page.details.append(("versions", "\n".join(f"{name} {found}" for name, found in suite["versions"].items())))
+    page.details.append(
+        ("cases", "\n".join(f"{name}: {what or 'as in the files'}" for name, what in suite["cases"].items()))
+    )
+    return page.write(folder / "report.html")
+
+
+def _methods(suite: dict[str, Any], order: list[str]) -> Section:
+    rows = [[text(name), text(suite["methods"][name])] for name in order]
+    return Section("Methods", tables=[Table(["method", "what it is"], rows)])
+
+
+def _compare(
+    folder: Path, suite: dict[str, Any], case: str, data_set: str, part: pd.DataFrame, order: list[str]
+) -> Section:
+    """Methods on one data set in one case."""
+    target = suite["target_accuracy"].get(data_set)
+    methods = [name for name in order if name in set(part.method)]
+    tested = part.dropna(subset="test_accuracy").pivot_table(index="seed", columns="method", values="test_accuracy")
+    heads = ["method", "test accuracy [%]", "by seed", f"to {methods[0]}", "MB", "simulated s", "GB"]
+    if target is not None:
+        heads += ["reached", "rounds", "MB", "simulated s"]
+    rows = []
+    for method in methods:
+        own = part[part.method == method]
+        accuracies = tested[method].dropna() if method in tested else pd.Series(dtype=float)
+        last = own.sort_values("round").groupby("seed").last()
+        by_seed = ", ".join(f"{100 * value:.1f}" for value in accuracies)
+        row = [text(method), number(accuracies.mean(), 1, 100), Cell(by_seed, by_seed)]
+        row += [_difference(tested, method, methods[0]), number(last.bytes.mean(), 1, 1e-6)]
+        row += [number(last.simulated_s.mean(), 0), number(last.peak_bytes.mean(), 2, 1e-9)]
+        if target is not None:
+            row += _to_target(own, target)
+        rows.append(row)
+    section = Section(f"{case}, {data_set}")
+    section.text = suite["cases"][case]
+    if target is not None:
+        section.text += f"{'; ' if section.text else ''}target: {100 * target:.0f}% validation accuracy."
+    section.tables.append(Table(heads, rows))
+    axes = (("rounds", "round", 1.0, "global round"), ("bytes", "bytes", 1e-6, "sent in training [MB]"))
+    for name, column, scale, label in (*axes, ("simulated", "simulated_s", 1.0, "simulated time [s]")):
+        lines = {method: line for method in methods if (line := _line(part[part.method == method], column, scale))}
+        if not lines:
+            continue
+        figure = draw_lines(
+            lines,
+            x=label,
+            y="validation accuracy [%]",
+            title=f"{data_set}: accuracy against {label.split(' [')[0]}",
+            target=None if target is None else 100 * target,
+        )
+        path = folder / "pictures" / f"{case}-{data_set}-{name}"
+        section.pictures.append(draw(figure, path, f"validation accuracy of each method against {label}"))
+    return section
+
+
+def _difference(tested: pd.DataFrame, method: str, first: str) -> Cell:
+    """Points to the first method, paired by seed, with a 95% interval from two seeds on."""
+    if method == first or method not in tested or first not in tested:
+        return Cell("", None)
+    points = (100 * (tested[method] - tested[first])).dropna()
+    if points.empty:
+        return Cell("", None)
+    mean = float(points.mean())
+    if len(points) == 1:
+        return Cell(f"{mean:+.1f}", mean)
+    half = float(stats.t.ppf(0.975, len(points) - 1) * points.std(ddof=1) / len(points) ** 0.5)
+    return Cell(f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]", mean)
+
+
+def _to_target(own: pd.DataFrame, target: float) -> list[Cell]:
+    """How many seeds reach the target, and means over these of the first round that does."""
+    reached = own[own.val_accuracy >= target].sort_values("round").groupby("seed").first()
+    count = own.seed.nunique()
+    cells = [Cell(f"{len(reached)} of {count}", float(len(reached)))]
+    cells += [number(reached["round"].mean(), 1), number(reached.bytes.mean(), 1, 1e-6)]
+    return [*cells, number(reached.simulated_s.mean(), 0)]
+
+
+def _line(own: pd.DataFrame, column: str, scale: float) -> "Line | None":
+    """Over the rounds that all seeds have."""
+    heights = own.pivot_table(index="seed", columns="round", values="val_accuracy").dropna(axis=1)
+    placed = own.assign(place=own[column])
+    places = placed.pivot_table(index="seed", columns="round", values="place").dropna(axis=1)
+    rounds = heights.columns.intersection(places.columns)
+    if not len(rounds):
+        return None
+    return of_several(scale * places[rounds].to_numpy(), 100 * heights[rounds].to_numpy())
+
+
+def _by_number(folder: Path, done: pd.DataFrame, order: list[str], cases: list[str]) -> list[Section]:
+    """Accuracy against the numbers in the cases' names, such as faulty-0, faulty-25: a chart for each data set."""
+    numbered: dict[str, dict[float, str]] = {}
+    for case in cases:
+        if (match := _NUMBERED.match(case)) is not None:
+            numbered.setdefault(match[1], {})[float(match[2])] = case
+    sections = []
+    for name, places in numbered.items():
+        if len(places) < 2:
+            continue
+        section = Section(f"By {name}")
+        for data_set, part in done.dropna(subset="test_accuracy").groupby("data_set", sort=False):
+            lines = {}
+            for method in order:
+                own = part[part.method == method]
+                found = {place: own[own.case == case].set_index("seed").test_accuracy for place, case in places.items()}
+                there = sorted(place for place, values in found.items() if len(values))
+                if len(there) < 2:
+                    continue
+                heights = pd.DataFrame({place: found[place] for place in there}).dropna()
+                if len(heights):
+                    x = np.tile(np.array(there), (len(heights), 1))
+                    lines[method] = of_several(x, 100 * heights.to_numpy())
+            if lines:
+                figure = draw_lines(lines, x=name, y="test accuracy [%]", title=f"{data_set}: accuracy against {name}")
+                path = folder / "pictures" / f"{name}-{data_set}"
+                section.pictures.append(draw(figure, path, f"test accuracy of each method against {name}"))
+        if section.pictures:
+            sections.append(section)
+    return sections

@@ -1,0 +1,250 @@
+"""Suites of runs: what they check, what they run again, and what they leave."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results
+from elsa_pl.experiments.__main__ import main
+from elsa_pl.experiments.suites import put
+from tests.runs import ROOT
+
+SUITES = ROOT / "configs" / "suites"
+COMMAND = [sys.executable, "-m", "elsa_pl.experiments"]
+
+
+def write_suite(folder: Path, **changes: Any) -> Path:
+    """A suite of two methods on the smallest data set; its paths start at its own folder."""
+    suite = {
+        "title": "two",
+        "data_sets": {"helpdesk": str(ROOT / "configs" / "experiments" / "smoke.yaml")},
+        "methods": {
+            "fedavg": {"config": str(ROOT / "configs" / "methods" / "fedavg.yaml")},
+            "sfl": {"config": str(ROOT / "configs" / "methods" / "sfl.yaml")},
+        },
+        "settings": {"trainer.strategy.local_steps": 2},
+        "seeds": [0],
+        **changes,
+    }
+    path = folder / "two.yaml"
+    path.write_text(yaml.safe_dump(suite))
+    return path
+
+
+def run(suite: Path, output: Path, *more: str) -> int:
+    return main(["run", str(suite), "--output", str(output), *more])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_smoke(tmp_path: Path) -> None:
+    """Every method, through the command as a user types it."""
+    done = subprocess.run(
+        [*COMMAND, "run", "configs/suites/smoke.yaml", "--output", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=390,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "smoke"
+    methods = yaml.safe_load((SUITES / "smoke.yaml").read_text())["methods"]
+    for path in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert any(Path(method["config"]).name == path.name for method in methods.values()), path
+    table = read_results(folder)
+    assert set(table.method) == set(methods)
+    assert set(table.status) == {"done"}
+    assert table.groupby("method")["round"].max().eq(2).all()
+    assert table.groupby("method").test_accuracy.count().eq(1).all()
+    sent = table.groupby("method").bytes.max()
+    assert sent["local"] == 0
+    assert 0 < sent["fedavg"] < sent["hfl"]
+    assert sent["splitlora"] < sent["sfl"]
+    assert table.groupby("method").simulated_s.max().gt(0).all()
+    assert table.groupby("method").peak_bytes.max().gt(1e8).all()
+    assert all((folder / run / "summary.json").is_file() for run in table.run)
+    assert (folder / "report.html").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_what_has_ended_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in a suite of another name; a cell that failed is tried again, and the others go on without it."""
+    broken = {
+        "config": str(ROOT / "configs" / "methods" / "fedavg.yaml"),
+        "set": {"model.optimizer.init_args.lr": 1e30},
+    }
+    first = write_suite(
+        tmp_path, methods={"broken": {**broken}, "sfl": {"config": str(ROOT / "configs/methods/sfl.yaml")}}
+    )
+    assert run(first, tmp_path / "out") == 1
+    table = read_results(tmp_path / "out" / "two").set_index("method")
+    assert table.loc["broken", "status"] == "failed"
+    assert "diverged" in table.loc["broken", "error"] or "nan" in table.loc["broken", "error"]
+    assert set(table.loc["sfl", "status"]) == {"done"}
+    assert "failed" in (tmp_path / "out" / "two" / "report.html").read_text()
+    capsys.readouterr()
+    (runs,) = (tmp_path / "out" / "cells").glob("*sfl*/*/summary.json")
+    before = runs.stat().st_mtime_ns
+    second = tmp_path / "other.yaml"
+    write_suite(tmp_path).rename(second)
+    assert run(second, tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    assert "fedavg" in printed
+    assert "sfl" not in printed
+    assert runs.stat().st_mtime_ns == before
+    assert set(read_results(tmp_path / "out" / "other").method) == {"fedavg", "sfl"}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
+    suite = write_suite(tmp_path, settings={"trainer.max_epochs": 1000})
+    process = subprocess.Popen(
+        [*COMMAND, "run", str(suite), "--output", str(tmp_path / "out")], cwd=ROOT, text=True, stderr=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").glob("cells/*/output.log")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    time.sleep(3)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=40)
+    assert process.returncode == 130
+    assert "stopped; what has ended is kept" in said
+    left = subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, text=True, check=False).stdout
+    assert not left
+
+
+def test_settings_of_a_cell(tmp_path: Path) -> None:
+    """The case counts over the suite, and the method's own settings over both."""
+    path = write_suite(
+        tmp_path,
+        methods={
+            "elsa": {
+                "config": str(ROOT / "configs/methods/elsa.yaml"),
+                "without": ["TrustScoring", "LinkQuantization"],
+                "set": {"data.alpha": 0.3},
+            }
+        },
+        cases={"few": {"data.alpha": 0.2, "data.batch_size": 2}},
+        settings={"data.batch_size": 16, "trainer.strategy.local_steps": 2},
+    )
+    config = load_suite(path).configuration("few", "helpdesk", "elsa")
+    assert config["data"]["alpha"] == 0.3
+    assert config["data"]["batch_size"] == 2
+    assert config["trainer"]["strategy"]["init_args"]["local_steps"] == 2
+    assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 2
+    names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
+    assert names == ["BehaviorClustering", "LatencyAwareAssignment", "LinkProjection"]
+
+
+def test_cells_are_known_by_their_settings() -> None:
+    cells = [Cell(name, config, {}) for name, config in (("a", {"x": 1}), ("b", {"x": 1}), ("a", {"x": 2}))]
+    assert cells[0].digest == cells[1].digest != cells[2].digest
+
+
+def test_sizes(tmp_path: Path) -> None:
+    path = write_suite(tmp_path, sizes={"full": {"seeds": [3, 4], "settings": {"trainer.max_epochs": 50}}})
+    small, full = load_suite(path), load_suite(path, "full")
+    assert (list(small.seeds), list(full.seeds)) == ([0], [3, 4])
+    assert full.settings == {"trainer.strategy.local_steps": 2, "trainer.max_epochs": 50}
+    assert full.name != small.name, "they share no table"
+
+
+@pytest.mark.parametrize("path", sorted(SUITES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_suites_of_the_project_parse(path: Path, tmp_path: Path) -> None:
+    for size in ["cpu", *yaml.safe_load(path.read_text()).get("sizes", {})]:
+        suite = load_suite(path, size)
+        assert suite.combinations()
+        for combination in suite.combinations():
+            assert suite.configuration(*combination)
+    assert f"python -m elsa_pl.experiments run configs/suites/{path.name}" in path.read_text()
+
+
+BAD: list[tuple[str, dict[str, Any], list[str]]] = [
+    ("key", {"metods": {}}, ["unknown key 'metods'", "methods"]),
+    ("method-file", {"methods": {"x": {"config": "none.yaml"}}}, ["methods.x.config", "none.yaml", "suite's folder"]),
+    ("method-key", {"methods": {"x": {"confg": "a"}}}, ["methods.x", "unknown key 'confg'"]),
+    ("no-seeds", {"seeds": []}, ["needs seeds"]),
+    ("data-set", {"data_sets": {"x": "none.yaml"}}, ["data_sets.x", "none.yaml"]),
+    ("target", {"target_accuracy": {"trek": 0.5}}, ["unknown data_set 'trek'", "helpdesk"]),
+    ("skip", {"skip": [{"method": "sfll"}]}, ["unknown method 'sfll'", "fedavg, sfl"]),
+    (
+        "without",
+        {"methods": {"x": {"config": str(ROOT / "configs/methods/elsa.yaml"), "without": ["Trust"]}}},
+        ["methods.x.without", "'Trust'", "TrustScoring"],
+    ),
+    ("setting", {"settings": {"model.lora.rnk": 4}}, ["rnk"]),
+    ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), [case[1:] for case in BAD], ids=[case[0] for case in BAD])
+def test_bad_suites(
+    changes: dict[str, Any], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing has run when they are refused."""
+    assert run(write_suite(tmp_path, **changes), tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert "Traceback" not in printed
+    for word in words:
+        assert word in printed
+    assert not list((tmp_path / "out").glob("cells/*"))
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--methods", "elza"], ["--methods", "'elza'", "fedavg, sfl"]),
+        (["--data_sets", "trec"], ["'trec'", "helpdesk"]),
+        (["--seeds", "7"], ["no such runs", "[0]"]),
+        (["--size", "huge"], ["'cpu'", "'huge'"]),
+    ],
+)
+def test_bad_choices(more: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(write_suite(tmp_path), tmp_path / "out", *more) == 1
+    printed = capsys.readouterr().err
+    for word in words:
+        assert word in printed
+
+
+def test_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out" / "two"
+    folder.mkdir(parents=True)
+    (folder / "suite.json").write_text(json.dumps({"format": 0}))
+    assert run(write_suite(tmp_path), tmp_path / "out") == 1
+    assert "format 0" in (printed := capsys.readouterr().err)
+    assert "--output" in printed
+    assert main(["report", str(folder)]) == 1
+    assert os.listdir(folder) == ["suite.json"]
+    (folder / "suite.json").write_text(json.dumps({"format": 1}))
+    with pytest.raises(ConfigurationError, match="run the suite first"):
+        read_results(folder)
+    pd.DataFrame(columns=list(COLUMNS[:-1])).to_csv(folder / "results.csv", index=False)
+    with pytest.raises(ConfigurationError, match="lacks the columns peak_bytes"):
+        read_results(folder)
+
+
+def test_settings_by_their_names() -> None:
+    config: dict[str, Any] = {"data": {"alpha": 1}}
+    put(config, "data.alpha", 2)
+    put(config, "trainer.strategy.num_edges", 3)
+    put(config, "trainer.strategy.init_args.layout", "single")
+    assert config == {
+        "data": {"alpha": 2},
+        "trainer": {"strategy": {"init_args": {"num_edges": 3, "layout": "single"}}},
+    }
+    with pytest.raises(ConfigurationError, match=r"cannot set data\.alpha\.x: alpha is 2"):
+        put(config, "data.alpha.x", 1)
