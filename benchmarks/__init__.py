@@ -1,1 +1,1 @@
-"""Measurements behind figures of the README."""
+"""Measurements behind the figures of `docs/results.md`."""
