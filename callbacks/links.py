@@ -9,7 +9,7 @@ Several of them stack in the order in which they are given.
 
 import hashlib
 import secrets
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -51,6 +51,21 @@ class LinkCallback(Callback):
     def link_stage(self, link: Link) -> Stage | None:
         """The stage that this callback is on a link."""
         return self.stage if link in self._links else None
+
+    def check_links(self, links: Collection[str]) -> None:
+        """Refuse, before anything starts, cuts in which there is nothing to do.
+
+        Args:
+            links: those that all clients have; none where one of them computes the whole model.
+
+        Raises:
+            ConfigurationError: some client has none of the links that this is for.
+        """
+        if links and not set(self._links) & set(links):
+            raise ConfigurationError(
+                f"{type(self).__name__} is for the {' and '.join(self._links)}, which a plan without a tail does not"
+                " have: leave it out, or cut the model in three"
+            )
 
     # ---- in a project of its own ---------------------------------------------------------------------------------
 
@@ -351,7 +366,10 @@ class LinkEncryption(SecretCallback):
     """Encrypts what crosses the links and checks that nobody changed it; gradients likewise. Always the last stage.
 
     Against whoever reads the link, and exact: 28 bytes and the shape for each message. Not against the edge, which
-    decrypts. Adapters and calibration are no part of it.
+    decrypts. It covers hidden states and their gradients. Everything else stays readable: the attention masks that go
+    with states, and so how long each text is; the slots of `LinkReuse`; sizes and times of messages; adapters and
+    calibration. Where the edge has the head, labels, loss and logits would be readable as well, so all plans must have
+    a tail.
 
     Args:
         secret_file: a text that the clients and edges have and nobody else, made for example by ``python -c "import
@@ -360,7 +378,8 @@ class LinkEncryption(SecretCallback):
             a simulation, and no secret.
 
     Raises:
-        ConfigurationError: from the start of a run, no `elsa_pl` strategy, or a secret that is missing.
+        ConfigurationError: from the start of a run, no `elsa_pl` strategy, a plan without a tail, or a secret that is
+            missing.
 
     Source:
         RFC 8439; `elsa_pl.functional.encryption`.
@@ -376,6 +395,14 @@ class LinkEncryption(SecretCallback):
             raise ConfigurationError("LinkEncryption is for the links of elsa_pl: it needs HierarchicalStrategy")
         self._encryption.secret = self._secret(trainer, pl_module, 0)
         super().setup(trainer, pl_module, stage)
+
+    def check_links(self, links: Collection[str]) -> None:
+        super().check_links(links)
+        if links and "downlink" not in links:
+            raise ConfigurationError(
+                "LinkEncryption covers states and their gradients; got a plan without a tail, with which labels, losses"
+                " and logits would cross readable beside them: give all plans a tail, or leave it out"
+            )
 
 
 class LinkNoise(LinkCallback):

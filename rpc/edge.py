@@ -91,6 +91,7 @@ class EdgeService:
         labels: Tensor | None,
         key: tuple[int | str, ...] | None,
         number: int,
+        slots: Tensor | None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Run all that follows a client's front: see `elsa_pl.tiers.rest.RestModule`.
 
@@ -101,12 +102,13 @@ class EdgeService:
             labels: (B,) or (B, T), if there are any.
             key: place of the step in the run, for dropout draws; None for evaluation.
             number: of the pass over the links.
+            slots: what the sender says about each text, if the uplink remembers any. [B]
 
         Returns:
             The mean loss, which carries gradients back inside a remote autograd context, and in evaluation the logits.
         """
         session = self.sessions[client]
-        with session.computing(key), crossing(number, attention_mask):
+        with session.computing(key), crossing(number, attention_mask, slots):
             mask = attention_mask.to(self._device, torch.long)
             at_edge = None if labels is None else labels.to(self._device)
             loss, logits = session(hidden.to(self._device), mask, at_edge)

@@ -15,8 +15,8 @@ from torch import Tensor
 from elsa_pl import cli
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import LINKS, NOBODY, Codec, Link, crossing
-from elsa_pl.links.hiding import NoiseStage
+from elsa_pl.links import LINKS, NOBODY, Codec, Link, Stage, crossing
+from elsa_pl.links.hiding import EncryptionStage, NoiseStage
 from elsa_pl.links.perturbation import PerturbationStage, Undo
 from elsa_pl.links.stages import ProjectionStage, QuantizationStage, SketchStage
 from elsa_pl.partition import SplitPlan
@@ -50,6 +50,7 @@ OUTSIDE = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "compl
 ENCRYPTED = {"class_path": "LinkEncryption"}
 NOISE = {"class_path": "LinkNoise", "init_args": {"scale": 1}}
 DROPPED = {"class_path": "SSOP", "init_args": {"rank": 8, "undo": "edge", "complement": "drop"}}
+TWO_PART = {"model.plan": {"front": 1, "middle": 3, "tail": 0}}
 WAYS = [(link, way) for link in ("uplink", "downlink") for way in ("forward", "backward")]
 
 
@@ -381,12 +382,41 @@ def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:
     assert lost["calibrated"] < 0.5 < 1 < lost["mean"] < lost["median"]
 
 
+@pytest.mark.parametrize("name", ["sketch", "int8", "encryption"])
+def test_states_of_low_precision_are_sent_in_full(states: Tensor, name: str) -> None:
+    """As autocast makes them; `LinkEncryption` takes nothing else."""
+    encryption = EncryptionStage()
+    encryption.secret = "secret"
+    stages: dict[str, Stage] = {
+        "sketch": SketchStage(2, "median", 3, 1e-4, 0),
+        "int8": QuantizationStage(BlockFormat(bits=8, block=8)),
+        "encryption": encryption,
+    }
+    codec = Codec("uplink.1-2-1", "uplink", [stages[name]], WIDTH, "client-0")
+    with torch.autocast("cpu", torch.bfloat16):
+        sent = codec.side("encoder")(states.bfloat16())
+        assert sent.dtype == torch.float32
+        assert torch.equal(codec.side("decoder")(sent), codec(states.bfloat16().float()))
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("callbacks", "more", "message"),
     [
+        ([AT_TAIL], TWO_PART, "expected a tail in every plan with SS-OP of rank 16, undone at the tail"),
+        (
+            [AT_TAIL],
+            {"model.client_plans": {"client-0": TWO_PART["model.plan"]}},
+            "expected a tail in every plan with SS-OP of rank 16, undone at the tail",
+        ),
+        ([INT4, ENCRYPTED], TWO_PART, "with which labels, losses and logits would cross readable beside them"),
+        (
+            [{"class_path": "LinkQuantization", "init_args": {"links": ["downlink"]}}],
+            TWO_PART,
+            "LinkQuantization is for the downlink, which a plan without a tail does not have",
+        ),
         (
             [{"class_path": "SketchCompression", "init_args": {"ratio": 20}}],
             {},

@@ -107,6 +107,7 @@ def test_without_reuse_nothing_changes_but_padding(base: Settings, tmp_path: Pat
         ((), {}),
         ((INT4,), {"strategy.micro_batches": 3, "model.accumulate_grad_batches": 2}),
         ((INT4, ENCRYPTED), {"model.token_pooling.uplink": 3}),
+        ((INT4,), {"model.plan": {"front": 1, "middle": 3, "tail": 0}}),
     ],
 )
 def test_what_does_not_change_is_sent_once(base: Settings, tmp_path: Path, callbacks: Any, more: Settings) -> None:

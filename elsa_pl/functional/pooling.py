@@ -85,7 +85,7 @@ def pool_states(states: Tensor, mask: Tensor, pooling: Pooling | None) -> Tensor
         pooling: ``first`` leaves the other tokens of the only group out; None leaves the states as they are.
 
     Returns:
-        [B, G, D]
+        In the states' dtype; means are taken in float32 or wider, also under autocast. [B, G, D]
 
     Source:
         Dai et al. 2020, arXiv 2006.03236 (Funnel-Transformer) pools tokens between blocks, the first one apart.
@@ -102,21 +102,25 @@ def pool_states(states: Tensor, mask: Tensor, pooling: Pooling | None) -> Tensor
     if pooling == "first":
         return states[:, :1]
     groups, _ = places(states.shape[1], pooling)
-    member = torch.nn.functional.one_hot(groups).T.to(states)
-    weights = member * mask[:, None, :].to(states)
-    return (weights / weights.sum(2, keepdim=True).clamp_min(1)) @ states
+    dtype = torch.promote_types(states.dtype, torch.float32)
+    member = torch.nn.functional.one_hot(groups).T.to(states.device, dtype)
+    weights = member * mask[:, None, :].to(member)
+    with torch.autocast(states.device.type, enabled=False):  # which would make bfloat16 of float32
+        pooled = (weights / weights.sum(2, keepdim=True).clamp_min(1)) @ states.to(dtype)
+    return pooled.to(states.dtype)
 
 
 def pool_batch(batch: Mapping[str, Tensor], pooling: Pooling | None) -> dict[str, Tensor]:
     """What the parts behind a cut see of a batch.
 
     Args:
-        batch: ``attention_mask`` [B, T]; of ``input_ids`` [B, T] those of the first tokens are kept, of which the last
-            part needs no more than the shape. What else is [B, T] is left out.
-        pooling: as in `pool_states`.
+        batch: ``attention_mask`` [B, T]; if there, ``input_ids`` [B, T], of which the last part needs no more than the
+            shape; and what else there is.
+        pooling: as in `pool_states`; None leaves the batch as it is.
 
     Returns:
-        ``attention_mask`` and, if there, ``input_ids`` [B, G]; the rest of the batch as it is.
+        ``attention_mask`` and, if there, ``input_ids`` [B, G] of the first token of each group; without
+        ``token_type_ids``; the rest of the batch as it is.
 
     Example:
         >>> pool_batch({"attention_mask": torch.tensor([[1, 1, 0, 0]]), "labels": torch.tensor([3])}, 2)

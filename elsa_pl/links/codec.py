@@ -37,7 +37,7 @@ class LinkEnd(nn.Module):
         self._missing = [number for number in fits if any(True for _ in ends[number].parameters())]
 
     def forward(self, states: Tensor) -> Tensor:
-        """Encode or decode, in full precision.
+        """Encode or decode, in full precision: what is sent is never narrower than float32, also under autocast.
 
         Raises:
             RuntimeError: a stage is not fitted yet; with its number and the link.
@@ -54,6 +54,8 @@ class LinkEnd(nn.Module):
                 " (gradient_clip_val), or look at this client's data"
             )
         with torch.autocast(states.device.type, enabled=False):
+            if self._side == "encoder":
+                states = states.to(torch.promote_types(states.dtype, torch.float32))
             for number in self._order:
                 try:
                     states = self.ends[str(number)](states)

@@ -69,7 +69,7 @@ class PerturbationStage(Stage):
             )
         self._rank, self._undo, self._complement = rank, undo, complement
         self._ratio, self._rekey, self._seed = ratio, rekey, seed
-        self.fits_untrained = undo == "tail"
+        self.fits_untrained = self.undone_at_tail = undo == "tail"
         self.secret: str | None = None
 
     def ends(self, width: int, link: Link, client: str | None) -> Ends:

@@ -116,6 +116,8 @@ class Stage(ABC):
         last: nothing that computes with numbers can follow it.
         takes_bits: it can follow such a one.
         hides: it makes something else of a state in each pass, or must not show that a state comes again.
+        undone_at_tail: what it does on the uplink is undone at the end of the downlink, and the model learns on what is
+            between.
     """
 
     fits = False
@@ -125,6 +127,7 @@ class Stage(ABC):
     last = False
     takes_bits = False
     hides = False
+    undone_at_tail = False
 
     @abstractmethod
     def ends(self, width: int, link: Link, client: str | None) -> Ends:

@@ -151,7 +151,7 @@ class Client:
         if self.tail is None:
             labels = batch["labels"].to(self._wire) if "labels" in batch else None
             self.traffic.crossed("uplink", sent, *beside, *([] if labels is None else [labels]))
-            loss, logits = self.ask_edge("finish", sent, mask, labels, key, number).wait()
+            loss, logits = self.ask_edge("finish", sent, mask, labels, key, number, passing.slots).wait()
             self.traffic.crossed("downlink", *(value for value in (loss, logits) if value is not None))
             return SequenceClassifierOutput(loss=loss, logits=logits)
         self.traffic.crossed("uplink", sent, *beside)

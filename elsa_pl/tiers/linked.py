@@ -80,6 +80,12 @@ class LinkedModel(EvaluatedModel):
                     f"token_pooling.{link} needs the {link}, which a plan without {missing} does not have: leave it"
                     " out, or cut the model in three"
                 )
+        for stage in self.link_stages()["uplink"]:
+            if stage.undone_at_tail and "uplink" in links and "downlink" not in links:
+                raise ConfigurationError(
+                    f"expected a tail in every plan with {stage.describe()}; got a plan without one, where nobody"
+                    " undoes it: give all plans a tail, or set undo to edge"
+                )
         for check in hooks(trainer, "check_links"):
             check(links)
         if "uplink" not in links and any(self.link_stages().values()):

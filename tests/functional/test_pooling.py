@@ -49,6 +49,16 @@ def test_gradients_are_exact(pooling: Pooling) -> None:
     assert torch.autograd.gradcheck(lambda x: pool_states(x, mask, pooling), states.requires_grad_())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_means_are_taken_in_full_precision(dtype: torch.dtype) -> None:
+    states, mask = batch(8)
+    states = states.to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        pooled = pool_states(states, mask, 3)
+    assert pooled.dtype == dtype
+    torch.testing.assert_close(pooled, pool_states(states.double(), mask, 3).to(dtype))
+
+
 def test_groups_of_one_change_nothing_but_padding() -> None:
     states, mask = batch(6)
     torch.testing.assert_close(pool_states(states, mask, 1)[mask.bool()], states[mask.bool()])
