@@ -74,7 +74,14 @@ class Exposure:
         """Add states of public texts."""
         self.public.append((self.encoded(states), batch))
 
-    def send(self, states: Tensor, sent: Tensor, batch: Mapping[str, Tensor], number: int = 0) -> None:
+    def send(
+        self,
+        states: Tensor,
+        sent: Tensor,
+        batch: Mapping[str, Tensor],
+        number: int = 0,
+        mask: Tensor | None = None,
+    ) -> None:
         """Add states of private texts, and what was sent of them.
 
         Args:
@@ -82,9 +89,10 @@ class Exposure:
             sent: behind the encoders.
             batch: what they are of.
             number: of the pass.
+            mask: what went with them. [B, G]
         """
         readers: tuple[tuple[Reader, Codec | None], ...] = (("edge", self._own), ("link", self._nobody))
-        with torch.no_grad(), crossing(number):
+        with torch.no_grad(), crossing(number, mask):
             for reader, codec in readers:
                 read = sent if codec is None else codec.side("decoder")(sent)
                 read = read.nan_to_num(0, 0, 0).clamp(-_LARGEST, _LARGEST)  # whoever has no key reads anything
@@ -119,7 +127,7 @@ def expose_client(trainer: "pl.Trainer", module: Any, name: str, public_file: st
         # copies, since what was made under inference mode has no gradients
         batch = {name: value[::stride].clone() for name, value in whole.items()}
         exposed = client.expose(batch, (trainer.current_epoch, number))
-        exposure.send(exposed.states, exposed.sent, batch, exposed.number)
+        exposure.send(exposed.states, exposed.sent, batch, exposed.number, exposed.mask)
         exposure.pooled["uplink"].append(pool(exposure.seen["edge"][-1][0], exposed.mask))
         exposure.pooled["middle"].append(pool(exposed.outputs, exposed.mask_down))
         exposure.pooled["gradients"].append(pool(exposed.gradients, exposed.mask_down))

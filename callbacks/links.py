@@ -118,7 +118,13 @@ class LinkCallback(Callback):
             )
         found: list[Tensor] = []
 
-        def note(states: Tensor) -> None:
+        def note(states: Any) -> None:
+            if not isinstance(states, Tensor) or not states.ndim:
+                got = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
+                raise ConfigurationError(
+                    f"{type(self).__name__} expected states [*, D] from {self.at}; got {got}: name a submodule that"
+                    " puts out a tensor, or a tuple or ModelOutput that begins with one"
+                )
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             if mask is not None and mask.shape == states.shape[:-1]:
                 states = states[mask.bool()]
@@ -371,6 +377,11 @@ class LinkEncryption(SecretCallback):
     calibration. Where the edge has the head, labels, loss and logits would be readable as well, so all plans must have
     a tail.
 
+    Authenticated are, beside the content: client, link and direction (states or gradients); the number of the pass,
+    which follows from the run's seed, round, client and step; the shape; and the masks and slots that go up with
+    states. So a message opens neither in the other direction nor in another pass. One of the same pass of an earlier
+    run with the same secret and seed does: take another secret for each run where that matters.
+
     Args:
         secret_file: a text that the clients and edges have and nobody else, made for example by ``python -c "import
             secrets; print(secrets.token_hex(16))"``; between sites there must be one. All have the same: it keeps
@@ -432,7 +443,7 @@ class LinkNoise(LinkCallback):
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         if is_federated(trainer) and cast(Any, trainer.strategy).layout == "site":
-            self._noise.seed = secrets.randbits(63)  # an edge knows the seed of the run
+            self._noise.seed = secrets.randbits(126)  # an edge knows the seed of the run
         else:
             self._noise.seed = getattr(pl_module, "seed", 0)
         super().setup(trainer, pl_module, stage)

@@ -2,15 +2,20 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers.modeling_outputs import BaseModelOutput
 
 from elsa_pl.callbacks import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.errors import ConfigurationError
+from elsa_pl.functional.quantization import BlockFormat
+from elsa_pl.links import Codec, on_states
+from elsa_pl.links.stages import QuantizationStage
 from tests.runs import assert_close, assert_equal
 
 WIDTH = 32
@@ -115,6 +120,54 @@ def test_a_project_without_probes_is_told_so(tmp_path: Path) -> None:
         fit_plain(tmp_path, SketchCompression(2, at="encoder"))
     with pytest.raises(ConfigurationError, match="LinkQuantization needs at, the name of a submodule"):
         fit_plain(tmp_path, LinkQuantization())
+
+
+class Block(nn.Module):
+    """Puts out what blocks of transformers do."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.kind = nn.Linear(6, WIDTH), kind
+
+    def forward(self, inputs: Tensor) -> Any:
+        hidden = self.linear(inputs)
+        if self.kind == "tuple":
+            return hidden, None
+        return BaseModelOutput(last_hidden_state=hidden) if self.kind == "output" else hidden
+
+
+@pytest.mark.parametrize("kind", ["tensor", "tuple", "output"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_codec_stands_in_the_form_and_dtype_of_the_output(kind: str, dtype: torch.dtype) -> None:
+    block = Block(kind).to(dtype)
+    inputs = torch.randn(5, 6, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codec = Codec("block", "uplink", [QuantizationStage(BlockFormat(bits=4, block=8))], WIDTH)
+    expected = codec(block.linear(inputs)).to(dtype)
+    on_states(block, codec)
+    out: Any = block(inputs)
+    assert type(out).__name__ == {"tensor": "Tensor", "tuple": "tuple", "output": "BaseModelOutput"}[kind]
+    found = out if kind == "tensor" else out[0]
+    assert found.dtype == dtype
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, block.linear(inputs))
+    if kind == "output":
+        assert torch.equal(out.last_hidden_state, expected)
+
+
+@pytest.mark.parametrize("kind", [{}, torch.ones(())])
+def test_a_place_without_states_is_told_so(tmp_path: Path, kind: Any) -> None:
+    class Elsewhere(Plain):
+        def __init__(self) -> None:
+            super().__init__()
+            self.aside = nn.Identity()
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            self.aside(kind)
+            return super().forward(inputs)
+
+    codec = LinkQuantization(at="aside", probes=probes())
+    with pytest.raises(ConfigurationError, match=r"expected states \[\*, D\] from aside; got a (dict|tensor \[\])"):
+        fit_plain(tmp_path, codec, make=Elsewhere)
 
 
 def test_what_is_turned_is_turned_back_elsewhere(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from elsa_pl import cli
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
+from elsa_pl.functional.seeding import derive_seed
 from elsa_pl.links import LINKS, NOBODY, Codec, Link, Stage, crossing
 from elsa_pl.links.hiding import EncryptionStage, NoiseStage
 from elsa_pl.links.perturbation import PerturbationStage, Undo
@@ -371,6 +372,38 @@ def test_noise_is_another_one_for_each_pass(states: Tensor) -> None:
     cosines = [float(torch.cosine_similarity(a.flatten(), b.flatten(), 0)) for a, b in itertools.combinations(added, 2)]
     assert max(map(abs, cosines)) < 0.05
     assert not seen[NOBODY, 1].any()
+
+
+def test_noise_depends_on_all_of_its_seed(states: Tensor) -> None:
+    """A torch.Generator keeps the lower 32 bits of what it is given, few enough to try them all."""
+    noise = NoiseStage(0.5)
+    noise.seed = 3
+    codec = Codec("uplink.1-2-1", "uplink", [noise], WIDTH, "client-0")
+    codec.fit(states)
+    guessed = derive_seed(derive_seed(3, "noise", "uplink", "client-0"), 0) % 2**32
+    drawn = torch.randn(states.shape, generator=torch.Generator().manual_seed(guessed))
+    added = codec(states) - states
+    assert abs(torch.cosine_similarity(drawn.flatten(), added.flatten(), 0)) < 0.05
+
+
+@pytest.mark.parametrize("link", LINKS)
+@pytest.mark.parametrize("changed", ["nothing", "number", "mask", "slots"])
+def test_a_sealed_message_belongs_to_its_pass(states: Tensor, link: Link, changed: str) -> None:
+    stage = EncryptionStage()
+    stage.secret = "secret"
+    codec = Codec(f"{link}.1-2-1", link, [stage], WIDTH, "client-0")
+    mask, slots = torch.ones(2, 3, dtype=torch.bool), torch.tensor([0, 1], dtype=torch.int32)
+    with crossing(5, mask, slots):
+        sent = codec.side("encoder")(states[:6])
+    number = 6 if changed == "number" else 5
+    mask = mask.logical_not() if changed == "mask" else mask.long()
+    slots = slots + 1 if changed == "slots" else slots
+    with crossing(number, mask, slots):
+        if changed == "number" or (link == "uplink" and changed != "nothing"):
+            with pytest.raises(ValueError, match="of this pass"):
+                codec.side("decoder")(sent)
+        else:  # nothing goes with states that come down
+            assert torch.equal(codec.side("decoder")(sent), states[:6])
 
 
 def test_calibrated_decoding_loses_less_than_the_median(states: Tensor) -> None:

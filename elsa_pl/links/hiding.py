@@ -1,5 +1,9 @@
 """Encryption, against whoever reads the link; and noise, the usual defence against an edge, to compare others with."""
 
+import hashlib
+import struct
+
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +14,9 @@ from elsa_pl.links.stages import NOBODY, Ends, Link, Seen, Stage, current_crossi
 
 class EncryptionStage(Stage):
     """Unreadable to whoever has no secret; see `elsa_pl.functional.encryption`.
+
+    A message opens only for the client, link, direction and pass that it was made for; on the uplink, only together
+    with the mask and the slots that went with it.
 
     Attributes:
         secret: from which keys are made, of each client and link another one.
@@ -25,16 +32,18 @@ class EncryptionStage(Stage):
         key: bytes | None = None
         if self.secret is not None and client != NOBODY:
             key = derive_key(self.secret, f"{client}/{link}")
-        return Ends(_Sealer(key, readable=client == NOBODY), _Unsealer(key, readable=client == NOBODY), width)
+        readable, accompanied = client == NOBODY, link == "uplink"
+        sealer = _Sealer(key, readable=readable, accompanied=accompanied)
+        return Ends(sealer, _Unsealer(key, readable=readable, accompanied=accompanied), width)
 
     def describe(self) -> str:
         return "encryption by ChaCha20-Poly1305"
 
 
 class _Lock(nn.Module):
-    def __init__(self, key: bytes | None, *, readable: bool) -> None:
+    def __init__(self, key: bytes | None, *, readable: bool, accompanied: bool) -> None:
         super().__init__()
-        self._key, self._readable = key, readable
+        self._key, self._readable, self._accompanied = key, readable, accompanied
 
     @property
     def key(self) -> bytes | None:
@@ -43,15 +52,29 @@ class _Lock(nn.Module):
             raise RuntimeError("this process does not know the secret of LinkEncryption: give it secret_file")
         return self._key
 
+    @property
+    def context(self) -> bytes:
+        """What both ends know of the pass under way."""
+        passing = current_crossing()
+        number = struct.pack("<q", passing.number)
+        if not self._accompanied:
+            return number
+        beside = hashlib.sha256()
+        for tensor, dtype in ((passing.mask, torch.bool), (passing.slots, torch.int32)):
+            beside.update(b"nothing" if tensor is None else repr(list(tensor.shape)).encode())
+            if tensor is not None:
+                beside.update(tensor.to("cpu", dtype).contiguous().numpy().tobytes())
+        return number + beside.digest()
+
 
 class _Sealer(_Lock):
     def forward(self, states: Tensor) -> Tensor:
-        return seal(states, self.key)
+        return seal(states, self.key, self.context)
 
 
 class _Unsealer(_Lock):
     def forward(self, message: Tensor) -> Tensor:
-        return unseal(message, self.key)
+        return unseal(message, self.key, self.context)
 
 
 class NoiseStage(Stage):
@@ -74,7 +97,7 @@ class NoiseStage(Stage):
         self.seed: int | None = None
 
     def ends(self, width: int, link: Link, client: str | None) -> Ends:
-        own = None if client == NOBODY or self.seed is None else derive_seed(self.seed, "noise", link, client or "")
+        own = None if client == NOBODY or self.seed is None else (self.seed, link, client or "")
         return Ends(_Noise(width, self._scale, own), nn.Identity(), width)
 
     def fit(self, ends: Ends, seen: Seen, paired: Ends | None) -> None:
@@ -87,7 +110,7 @@ class NoiseStage(Stage):
 
 
 class _Noise(nn.Module):
-    def __init__(self, width: int, scale: float, seed: int | None) -> None:
+    def __init__(self, width: int, scale: float, seed: tuple[int, str, str] | None) -> None:
         super().__init__()
         self._scale, self._seed = scale, seed
         self.spread = nn.Parameter(torch.full((width,), torch.nan), requires_grad=False)
@@ -95,6 +118,8 @@ class _Noise(nn.Module):
     def forward(self, states: Tensor) -> Tensor:
         if self._seed is None:
             return states
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, current_crossing().number))
-        drawn = torch.randn(states.shape, generator=generator).to(states)
-        return states + self._scale * self.spread * drawn
+        # Not from a torch.Generator: on the CPU it keeps 32 bits of its seed, few enough to try them all.
+        parts = ("noise", "noise, continued")
+        entropy = [derive_seed(*self._seed, current_crossing().number, part) for part in parts]
+        drawn = np.random.default_rng(entropy).standard_normal(states.shape, dtype=np.float32)
+        return states + self._scale * self.spread * torch.from_numpy(drawn).to(states)

@@ -174,12 +174,12 @@ class Client:
         assert self.tail is not None, "PrivacyAudit refuses other cuts"
         batch = {name: value.to(self._device) for name, value in batch.items()}
         number = derive_seed("audit", *place)
-        with self.front.computing(None), crossing(number):
-            states = self.front.states(batch)
-            sent = self.front.encoded(states)
         behind = pool_batch(batch, self._pooling.uplink)
         last = pool_batch(behind, self._pooling.downlink)
         mask = behind["attention_mask"].to(self._wire, torch.bool)
+        with self.front.computing(None), crossing(number, mask):
+            states = self.front.states(batch)
+            sent = self.front.encoded(states)
         received = self.ask_edge("forward", sent.to(self._wire), mask, None, number, None).wait()
         with self.tail.computing(None), crossing(number), torch.enable_grad():
             outputs = self.tail.decoded(received.to(self._device)).detach().requires_grad_()

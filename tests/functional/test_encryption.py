@@ -36,7 +36,8 @@ def test_the_gradient_crosses_sealed() -> None:
     (sealed,) = crossed
     assert sealed.shape == message.shape
     assert not (sealed == 1).any()
-    assert torch.equal(unseal(sealed, KEY), torch.ones(4, 8))
+    with pytest.raises(ValueError, match="of this pass"):
+        unseal(sealed, KEY)
 
 
 def test_the_same_states_never_look_the_same() -> None:
@@ -59,6 +60,31 @@ def test_a_changed_message_is_refused(place: int) -> None:
     bits[place] ^= 1
     with pytest.raises(ValueError, match="changed on its way"):
         unseal(bits.view(torch.float32), KEY)
+
+
+def test_a_message_opens_in_its_own_pass_only() -> None:
+    message = seal(torch.ones(5, 6), KEY, b"pass 1")
+    assert torch.equal(unseal(message, KEY, b"pass 1"), torch.ones(5, 6))
+    for context in (b"pass 2", b""):
+        with pytest.raises(ValueError, match="of this pass"):
+            unseal(message, KEY, context)
+
+
+def test_a_message_is_no_gradient_of_itself() -> None:
+    states = torch.ones(2, 3, requires_grad=True)
+    message = seal(states, KEY)
+    with pytest.raises(ValueError, match="of this pass"):
+        message.backward(message.detach())
+    received = message.detach().requires_grad_()
+    (gradient,) = torch.autograd.grad(unseal(received, KEY).sum(), received)
+    with pytest.raises(ValueError, match="of this pass"):
+        unseal(gradient, KEY)
+
+
+@pytest.mark.parametrize("size", [0, 1, 7])
+def test_what_is_too_short_is_no_message(size: int) -> None:
+    with pytest.raises(ValueError, match="changed on its way"):
+        unseal(torch.zeros(size), KEY)
 
 
 def test_what_cannot_be_sealed() -> None:
