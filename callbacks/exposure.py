@@ -169,7 +169,7 @@ def expose_module(
     nobodies = {codec: codec.without_secrets().to(module.device) for codec in codecs_in(module)}
     own = None  # a codec of an earlier fit may be there still
     if any(isinstance(callback, LinkCallback) and callback.at == at for callback in callbacks):
-        own = next(codec for codec in nobodies if codec.name == at and codec.link == "uplink")
+        own = next(codec for codec in nobodies if codec.name == at)
     exposure = Exposure(own, None if own is None else nobodies[own], special)
 
     def send(states: Tensor, batch: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ Several of them stack in the order in which they are given.
 
 import hashlib
 import secrets
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -77,43 +78,53 @@ class LinkCallback(Callback):
             return
         if self.at is None:
             raise ConfigurationError(f"{name} needs at, the name of a submodule, without elsa_pl's strategy")
-        stack = [other for other in _link_callbacks(trainer) if other.at == self.at]
-        if stack[0] is self and not self._hooks:
-            self._attach(pl_module, stack, f"rank-{trainer.global_rank}")
+        everybody = _link_callbacks(trainer)
+        if everybody[-1] is self and not any(other._hooks for other in everybody):  # all have their secrets by now
+            _attach(pl_module, everybody, f"rank-{trainer.global_rank}")
 
-    def _attach(self, module: "pl.LightningModule", stack: "list[LinkCallback]", client: str) -> None:
-        """Put the codec of all callbacks at this place into the module, where optimizers and checkpoints find it."""
-        assert self.at is not None
-        place = submodule(module, self.at, type(self).__name__)
-        registered = "link_" + self.at.replace(".", "_")
+    @property
+    def returns_at(self) -> str | None:
+        """Name of the submodule where what the stage does is undone, in any other project; None: behind itself."""
+        return None
+
+    def _attach(
+        self,
+        module: "pl.LightningModule",
+        place: str,
+        stack: "list[LinkCallback]",
+        turned: Codec | None,
+        client: str,
+    ) -> Codec:
+        """Put one codec of a whole stack into the module, where optimizers and checkpoints find it."""
+        found = submodule(module, place, type(self).__name__)
+        link: Link = "uplink" if turned is None else "downlink"
+        registered = "link_" + place.replace(".", "_")
         if not hasattr(module, registered):
-            states = self._probed(module, place, stack)
-            made = Codec(self.at, "uplink", [other.stage for other in stack], states.shape[-1], client)
-            made.fit(states)
+            if turned is None or len(stack) > 1:
+                states = self._probed(module, place, found, stack)
+            else:  # of the uplink's subspace, whatever the states here
+                assert turned.subspace is not None
+                states = torch.eye(len(turned.subspace), device=module.device)
+            made = Codec(place, link, [other.stage for other in stack], states.shape[-1], client)
+            made.fit(states, turned)
             module.add_module(registered, made.to(states.device))
         codec = cast(Codec, module.get_submodule(registered))
-        if codec.describe() != (asked := [other.stage.describe() for other in stack]):
+        asked = [other.stage.describe() for other in stack]
+        if (codec.link, codec.describe()) != (link, asked):
             raise ConfigurationError(
-                f"{self.at} has a codec already, {'; '.join(codec.describe())}, from an earlier fit; got"
+                f"{place} has a codec already, {'; '.join(codec.describe())}, from an earlier fit; got"
                 f" {'; '.join(asked)}: take a new module, or the same callbacks"
             )
-        self._replace_output(place, codec)
-        for other in stack:
-            other._attach_return(module, codec, client)
+        self._hooks.append(on_states(found, codec))
+        return codec
 
-    def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
-        """Put what the stage does elsewhere into the module."""
-
-    def _replace_output(self, place: nn.Module, codec: Codec) -> None:
-        self._hooks.append(on_states(place, codec))
-
-    def _probed(self, module: "pl.LightningModule", place: nn.Module, stack: "list[LinkCallback]") -> Tensor:
+    def _probed(self, module: "pl.LightningModule", name: str, place: nn.Module, stack: "list[LinkCallback]") -> Tensor:
         """What the submodule says about the probes: a row for each token that is no padding."""
         probes = next((other._probes for other in stack if other._probes is not None), None)
         if probes is None or not hasattr(module, "probe_step"):
             missing = "probes" if probes is None else "a method probe_step(batch) of the LightningModule"
             raise ConfigurationError(
-                f"{type(self).__name__} at {self.at} needs {missing}, to know what states are like there: give it"
+                f"{type(self).__name__} at {name} needs {missing}, to know what states are like there: give it"
                 " batches of public inputs, and the LightningModule a probe_step that runs the model on one"
             )
         found: list[Tensor] = []
@@ -122,7 +133,7 @@ class LinkCallback(Callback):
             if not isinstance(states, Tensor) or not states.ndim:
                 got = f"a tensor {list(states.shape)}" if isinstance(states, Tensor) else f"a {type(states).__name__}"
                 raise ConfigurationError(
-                    f"{type(self).__name__} expected states [*, D] from {self.at}; got {got}: name a submodule that"
+                    f"{type(self).__name__} expected states [*, D] from {name}; got {got}: name a submodule that"
                     " puts out a tensor, or a tuple or ModelOutput that begins with one"
                 )
             mask = batch.get("attention_mask") if isinstance(batch, dict) else None
@@ -138,7 +149,7 @@ class LinkCallback(Callback):
         finally:
             handle.remove()
         if not found:
-            raise ConfigurationError(f"{type(self).__name__}: the probes never reach {self.at}: is it used at all?")
+            raise ConfigurationError(f"{type(self).__name__}: the probes never reach {name}: is it used at all?")
         return torch.cat(found)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
@@ -316,7 +327,8 @@ class SSOP(SecretCallback):
             simulation, and no secret.
         seed: of the sketch's hashes; no secret.
         at, probes: see `LinkCallback`.
-        decode_at: in any other project, and with ``undo="tail"``, the submodule whose output is turned back.
+        decode_at: in any other project, and with ``undo="tail"``, the submodule whose output is turned back; after what
+            other callbacks do there, whatever their order.
 
     Raises:
         ConfigurationError: from the start of a run, a place or a secret that is missing.
@@ -356,16 +368,9 @@ class SSOP(SecretCallback):
         self._perturbation.secret = self._secret(trainer, pl_module, self._seed)
         super().setup(trainer, pl_module, stage)
 
-    def _attach_return(self, module: "pl.LightningModule", codec: Codec, client: str) -> None:
-        if self._decode_at is None:
-            return
-        width = next(value.shape[0] for value in codec.parameters())
-        back = Codec(self._decode_at, "downlink", [self.stage], width, client)
-        back.fit(torch.eye(width), codec)  # of the uplink's subspace, whatever the states there
-        registered = "link_" + self._decode_at.replace(".", "_")
-        if not hasattr(module, registered):
-            module.add_module(registered, back.to(module.device))
-        self._replace_output(submodule(module, self._decode_at, "SSOP"), cast(Codec, module.get_submodule(registered)))
+    @property
+    def returns_at(self) -> str | None:
+        return self._decode_at
 
 
 class LinkEncryption(SecretCallback):
@@ -447,6 +452,31 @@ class LinkNoise(LinkCallback):
         else:
             self._noise.seed = getattr(pl_module, "seed", 0)
         super().setup(trainer, pl_module, stage)
+
+
+def _attach(module: "pl.LightningModule", callbacks: list[LinkCallback], client: str) -> None:
+    """Give each place one codec, of all that stands there; last where something is turned back.
+
+    Raises:
+        ConfigurationError: stages that do not fit, or a place where two of them would have to be the first.
+    """
+    firsts = Counter(
+        place for other in callbacks if other.stage.first for place in (other.at, other.returns_at) if place is not None
+    )
+    for place, count in firsts.items():
+        if count > 1:
+            raise ConfigurationError(
+                f"expected one SSOP at {place}, which turns states or turns them back; got {count}: name another"
+                " submodule as at or decode_at"
+            )
+    returning = {other.returns_at: other for other in callbacks if other.returns_at is not None}
+    places = dict.fromkeys(other.at for other in callbacks if other.at is not None)
+    codecs: dict[str | None, Codec] = {}
+    for place in [*(place for place in places if place not in returning), *returning]:
+        back = returning.get(place)
+        stack = [other for other in [back] if other is not None] + [other for other in callbacks if other.at == place]
+        turned = None if back is None else codecs[back.at]
+        codecs[place] = stack[0]._attach(module, place, stack, turned, client)
 
 
 def _link_callbacks(trainer: "pl.Trainer") -> list[LinkCallback]:

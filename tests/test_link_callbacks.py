@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from elsa_pl.callbacks import SSOP, LinkProjection, LinkQuantization, SketchCompression
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.quantization import BlockFormat
-from elsa_pl.links import Codec, on_states
+from elsa_pl.links import Codec, codecs_in, on_states
 from elsa_pl.links.stages import QuantizationStage
 from tests.runs import assert_close, assert_equal
 
@@ -170,20 +170,23 @@ def test_a_place_without_states_is_told_so(tmp_path: Path, kind: Any) -> None:
         fit_plain(tmp_path, codec, make=Elsewhere)
 
 
+class Between(Plain):
+    """With a middle that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Identity()
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.encoder(inputs)
+        back = self.middle(hidden)
+        self.seen.append(torch.stack([hidden, back]).detach())
+        out: Tensor = self.head(back)
+        return out
+
+
 def test_what_is_turned_is_turned_back_elsewhere(tmp_path: Path) -> None:
     """The model in between computes on turned states; without one in between, nothing is lost."""
-
-    class Between(Plain):
-        def __init__(self) -> None:
-            super().__init__()
-            self.middle = nn.Identity()
-
-        def forward(self, inputs: Tensor) -> Tensor:
-            hidden = self.encoder(inputs)
-            back = self.middle(hidden)
-            self.seen.append(torch.stack([hidden, back]).detach())
-            out: Tensor = self.head(back)
-            return out
 
     plain, _ = fit_plain(tmp_path, make=Between)
     turning = SSOP(16, at="encoder", decode_at="middle", probes=probes())
@@ -192,3 +195,33 @@ def test_what_is_turned_is_turned_back_elsewhere(tmp_path: Path) -> None:
     assert (hidden - plain.seen[-1][0]).norm() > 0.1 * hidden.norm()
     assert_close({"back": back}, {"back": plain.seen[-1][1]}, atol=1e-4)
     assert_close({"head": turned.head.weight}, {"head": plain.head.weight}, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", ["SSOP", "quantization"])
+def test_others_stand_where_it_is_turned_back(tmp_path: Path, first: str) -> None:
+    """In one codec, once, and before turning back, whoever comes first; it is used again by another fit."""
+    kept = Between()
+    turning = SSOP(16, at="encoder", decode_at="middle", probes=probes())
+    others = [LinkQuantization(8, block=8, at="middle"), LinkQuantization(8, block=8, at="encoder")]
+    stack = [turning, *others] if first == "SSOP" else [others[0], turning, others[1]]
+    for _ in range(2):
+        fit_plain(tmp_path, *stack, make=lambda: kept)
+        expected = [stage.describe() for stage in (turning.stage, others[0].stage)]
+        assert [codec.describe() for codec in codecs_in(kept)] == [expected] * 2
+        assert not kept.middle._forward_hooks
+    plain, _ = fit_plain(tmp_path, make=Between)
+    made, _ = fit_plain(tmp_path, *stack, make=Between)
+    hidden, back = made.seen[-1]
+    before, after = plain.seen[-1]
+    assert (hidden - before).norm() > 0.1 * before.norm(), "turned"
+    assert 0 < (back - after).norm() < 0.05 * after.norm(), "turned back, and rounded"
+
+
+def test_two_of_them_do_not_turn_at_one_place(tmp_path: Path) -> None:
+    turning = SSOP(16, at="encoder", decode_at="middle", probes=probes())
+    for other in (SSOP(16, undo="edge", at="middle"), SSOP(8, at="head", decode_at="middle")):
+        with pytest.raises(ConfigurationError, match=r"expected one SSOP at middle, .*; got 2: name another"):
+            fit_plain(tmp_path, turning, other, make=Between)
+    narrow = LinkQuantization(8, block=2, at="head", probes=probes())
+    with pytest.raises(ConfigurationError, match=r"stage 0 of head .*: expected states as wide .*, 32; got 2"):
+        fit_plain(tmp_path, SSOP(2, at="encoder", decode_at="head", probes=probes()), narrow)

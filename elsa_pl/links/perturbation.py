@@ -103,6 +103,10 @@ class PerturbationStage(Stage):
             raise ValueError("expected this stage on both links, because the tail undoes what the front did")
         else:  # the downlink turns back what the uplink turned
             subspace = _in_subspace(paired)[0].subspace
+        if len(subspace) != len(seen.mean):
+            raise ValueError(
+                f"expected states as wide as those that are turned back, {len(subspace)}; got {len(seen.mean)}"
+            )
         for part in _in_subspace(ends):
             part.fit(subspace, seen)
 
