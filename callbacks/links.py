@@ -7,6 +7,7 @@ Lightning project they stand at a named submodule, whose output becomes what a r
 Several of them stack in the order in which they are given.
 """
 
+import functools
 import hashlib
 import secrets
 from collections import Counter
@@ -285,6 +286,10 @@ class SecretCallback(LinkCallback):
         """
         strategy: Any = trainer.strategy
         name = type(self).__name__
+        if is_federated(trainer) and strategy.layout == "site":
+            role = strategy.world.role
+            if role != "host" and not (self._edges_know and role == "edge"):
+                return None
         if self._secret_file is not None:
             path = Path(self._secret_file)
             if not path.is_file() or not path.read_text().strip():
@@ -296,7 +301,7 @@ class SecretCallback(LinkCallback):
             self._known = f"simulation {seed}"
         elif strategy.layout != "site":
             self._known = f"simulation {cast(Any, module).seed}"
-        elif strategy.world.role == "host" or (self._edges_know and strategy.world.role == "edge"):
+        else:
             raise ConfigurationError(f"between sites {name} needs secret_file: see its help")
         return self._known
 
@@ -304,7 +309,11 @@ class SecretCallback(LinkCallback):
         """What tells whether two processes that must share a secret do, and not which; None where they need not."""
         if not self._edges_know or self._known is None:
             return None
-        return hashlib.scrypt(self._known.encode(), salt=b"elsa_pl secret check", n=2**14, r=8, p=1).hex()
+        return _slow_hash(self._known, "check")
+
+    def secret_learnt_on(self) -> str | None:
+        """What tells whether a model goes on with the secret that it has learnt on; None where that does not matter."""
+        return None
 
 
 class SSOP(SecretCallback):
@@ -322,7 +331,8 @@ class SSOP(SecretCallback):
             undoes it.
         secret_file: a text that only those have who may turn back; between sites there must be one, made for example by
             ``python -c "import secrets; print(secrets.token_hex(16))"``. With ``undo="tail"`` each client has a file of
-            its own. With ``undo="edge"`` all have the same: it keeps outsiders out, and not clients from each other.
+            its own, and goes on with it when the run is resumed: outside of the layout ``site`` that is checked. With
+            ``undo="edge"`` all have the same: it keeps outsiders out, and not clients from each other.
             Without it, secrets follow from the seed of the run, or in any other project from ``seed``: right for a
             simulation, and no secret.
         seed: of the sketch's hashes; no secret.
@@ -367,6 +377,9 @@ class SSOP(SecretCallback):
             )
         self._perturbation.secret = self._secret(trainer, pl_module, self._seed)
         super().setup(trainer, pl_module, stage)
+
+    def secret_learnt_on(self) -> str | None:
+        return None if self._known is None or self._undo == "edge" else _slow_hash(self._known, "learnt on")
 
     @property
     def returns_at(self) -> str | None:
@@ -452,6 +465,12 @@ class LinkNoise(LinkCallback):
         else:
             self._noise.seed = getattr(pl_module, "seed", 0)
         super().setup(trainer, pl_module, stage)
+
+
+@functools.cache
+def _slow_hash(secret: str, purpose: str) -> str:
+    """Another one for each purpose; slow, so that a bad secret is not found by trying."""
+    return hashlib.scrypt(secret.encode(), salt=f"elsa_pl secret {purpose}".encode(), n=2**14, r=8, p=1).hex()
 
 
 def _attach(module: "pl.LightningModule", callbacks: list[LinkCallback], client: str) -> None:

@@ -24,6 +24,7 @@ _LINKS = (
     "adapters/up",
     "adapters/down",
     "behaviour/up",
+    "calibration/up",
     "calibration/down",
 )
 

@@ -356,8 +356,12 @@ def check_cut(model: nn.Module, plan: SplitPlan) -> None:
         )
 
 
-def check_reads_ahead(model: nn.Module) -> None:
+def check_reads_ahead(model: nn.Module, plan: SplitPlan) -> None:
     """Check that the first token's state tells of the others, so that it can stand for the text.
+
+    Args:
+        model: an uncut Hugging Face model.
+        plan: of two parts or three; the states are those behind its front.
 
     Raises:
         UnsupportedModelError: each token sees only those before it.
@@ -366,7 +370,7 @@ def check_reads_ahead(model: nn.Module) -> None:
     batch = {name: value[:1] for name, value in sample_batch(base).items()}  # the text without padding
     other = {**batch, "input_ids": batch["input_ids"].roll(-1, dims=1)}
     other["input_ids"][:, 0] = batch["input_ids"][:, 0]
-    front = cut(base, SplitPlan())[0].eval()
+    front = cut(base, plan)[0].eval()
     with torch.no_grad():
         first, again = (front(inputs)[:, 0] for inputs in (batch, other))
     if torch.equal(first, again):

@@ -5,6 +5,7 @@ import json
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from elsa_pl import cli
+from elsa_pl.callbacks import SSOP, LinkEncryption
+from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.perturbation import Complement
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.functional.seeding import derive_seed
@@ -118,7 +121,15 @@ def test_links_carry_what_the_stages_leave(
     # at the start and after the round, four clients; what trains is an adapter once it has started
     times = 1 if LEARNED in callbacks else 2
     expected = sum(fitted.get(str(callback["class_path"]), 0) for callback in callbacks)
-    assert counted["calibration"]["down"] == times * 4 * 4 * expected
+    # and what the other edge has, which did not fit it: both sides of both links
+    other = {
+        "SketchCompression": 2 * decoder if SKETCH in callbacks else 0,
+        "LinkProjection": 2 * fitted["LinkProjection"],
+        "SSOP": 3 * WIDTH * 16 if AT_TAIL in callbacks else 2 * fitted["SSOP"],
+    }
+    at_edge = sum(other.get(str(callback["class_path"]), 0) for callback in callbacks)
+    assert counted["calibration"]["down"] == times * 4 * (4 * expected + at_edge)
+    assert counted["calibration"]["up"] == times * 4 * at_edge
 
 
 @pytest.mark.parametrize("callbacks", [(), (LEARNED, INT4)])
@@ -188,7 +199,13 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
     assert_equal(full.adapters(), single.adapters())
     # forwards, padding differs with the share of the evaluation that a host has
     sent, expected = full.summary()["bytes"], single.summary()["bytes"]
-    for link, way in [*WAYS[1::2], ("adapters", "up"), ("adapters", "down"), ("calibration", "down")]:
+    for link, way in [
+        *WAYS[1::2],
+        ("adapters", "up"),
+        ("adapters", "down"),
+        ("calibration", "up"),
+        ("calibration", "down"),
+    ]:
         assert sent[link][way] == expected[link][way] > 0, (link, way)
     if AT_TAIL not in callbacks:  # whose rotation a test batch meets depends on who evaluates it
         assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
@@ -513,6 +530,46 @@ def test_stages_that_do_not_fit_are_refused(
     assert "Traceback" not in shown
 
 
+def test_a_run_goes_on_with_what_it_has_learnt_on(
+    base: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def turned(rank: int, secret: str) -> Settings:
+        (tmp_path / secret).write_text(secret)
+        return {"class_path": "SSOP", "init_args": {"rank": rank, "secret_file": str(tmp_path / secret)}}
+
+    run = run_here(tmp_path, "run", {**with_links(base, turned(8, "one")), "trainer.max_epochs": 1})
+    more = {"ckpt_path": str(run.checkpoint(0)), "trainer.max_epochs": 2}
+    for callbacks, message in (
+        ([turned(9, "one")], "links undone at the tail is ['SS-OP of rank 8, undone at the tail"),
+        ([], "undone at the tail, complement keep, seed 0'] in the checkpoint and None in the settings"),
+        ([turned(8, "other")], "expected the secret that the checkpoint was made with"),
+    ):
+        assert cli.main(arguments(tmp_path, "again", {**with_links(base, *callbacks), **more})) != 0
+        shown = " ".join(capsys.readouterr().err.split())
+        assert message in shown, shown
+        assert "Traceback" not in shown
+    assert "one" not in str(run.content()["elsa_secrets"])
+    run_here(tmp_path, "resumed", {**with_links(base, turned(8, "one")), **more})
+
+
+@pytest.mark.parametrize(
+    ("callback", "roles"), [(LinkEncryption, ("edge", "host")), (SSOP, ("host",))], ids=["LinkEncryption", "SSOP"]
+)
+def test_sites_without_need_of_a_secret_need_no_file(callback: type[SSOP | LinkEncryption], roles: Any) -> None:
+    for role in ("cloud", "edge", "host"):
+        world = SimpleNamespace(role=role)
+        trainer: Any = SimpleNamespace(
+            strategy=SimpleNamespace(layout="site", world=world, gather_clients=None), callbacks=[]
+        )
+        module: Any = SimpleNamespace(seed=0)
+        refused = pytest.raises(ConfigurationError, match="expected a secret in secret_file; got none in no")
+        with refused if role in roles else nullcontext():
+            callback(secret_file="no").setup(trainer, module, "fit")
+        refused = pytest.raises(ConfigurationError, match=r"between sites .* needs secret_file")
+        with refused if role in roles else nullcontext():
+            callback().setup(trainer, module, "fit")
+
+
 def test_different_secrets_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:
     settings = {**base, "strategy.layout": "tiers", "strategy.num_edges": 1}
     commands = []
@@ -526,11 +583,28 @@ def test_different_secrets_are_an_error_at_the_start(base: Settings, tmp_path: P
     assert "have different secrets for SSOP or LinkEncryption: give both the same secret_file" in shown
 
 
-def test_ends_that_disagree_are_an_error_at_the_start(base: Settings, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "other", "message"),
+    [
+        (
+            {"trainer.callbacks": [SKETCH]},
+            {"trainer.callbacks": [MEDIAN]},
+            "stage 0 of the uplink differs: sketch 1/2 in 3 rows, calibrated",
+        ),
+        (
+            {"model.token_pooling.uplink": "first"},
+            {"model.token_pooling.downlink": 3},
+            "model.token_pooling differs: uplink and downlink are ('first', None) at cloud, (None, 3) at host-0",
+        ),
+    ],
+)
+def test_ends_that_disagree_are_an_error_at_the_start(
+    base: Settings, tmp_path: Path, one: Settings, other: Settings, message: str
+) -> None:
     settings = {**base, "strategy.layout": "tiers", "strategy.num_edges": 1}
-    commands = [arguments(tmp_path, "run", with_links(settings, *used)) for used in ([SKETCH], [MEDIAN])]
+    commands = [arguments(tmp_path, "run", {**settings, **own}) for own in (one, other)]
     ranks = fork_all(commands, tmp_path / "outputs")
     assert all(forked.returncode for forked in ranks)
     shown = " ".join("".join(forked.err for forked in ranks).split())
-    assert "stage 0 of the uplink differs: sketch 1/2 in 3 rows, calibrated" in shown
+    assert message in shown, shown
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.ckpt"))

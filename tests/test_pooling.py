@@ -15,6 +15,7 @@ from elsa_pl.partition import SplitPlan
 from elsa_pl.tiers import SplitModel
 from elsa_pl.tiers.probes import ProbeModel
 from tests.runs import (
+    TINY_BERT,
     TINY_LLAMA,
     Settings,
     arguments,
@@ -110,6 +111,14 @@ def test_what_does_not_fit(
     assert cli.main(arguments(tmp_path, "wrong", {**base, **settings})) == 1
     assert reason in capfd.readouterr().err
     assert not (tmp_path / "wrong").exists()
+
+
+def test_two_blocks_are_enough() -> None:
+    """Of a two-part split; the default plan has three parts."""
+    config = {**TINY_BERT, "num_hidden_layers": 2}
+    module = SplitModel(None, config, plan=SplitPlan(1, 1, 0), token_pooling=TokenPooling("first"))
+    module.prepare(4)
+    assert module.resolved_plan == SplitPlan(1, 1, 0)
 
 
 def test_texts_are_not_continued_from_one_state() -> None:

@@ -6,6 +6,7 @@ of the epoch with `aggregate` at the cloud, before validation looks at the model
 
 import logging
 from collections.abc import Mapping
+from dataclasses import astuple
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -406,7 +407,8 @@ class HierarchicalStrategy(RpcStrategy):
         """Both ends of a link make their halves of it from their own configuration: it must be the same.
 
         Raises:
-            ConfigurationError: with the first stage that differs, and in whose configuration; or with whose secret.
+            ConfigurationError: with the first stage that differs, and in whose configuration; or with whose secret or
+                token pooling.
         """
         checks = [hook() for hook in hooks(self._module.trainer, "secret_check")]
         for worker, others in self.world.exchange(checks).items():
@@ -416,6 +418,13 @@ class HierarchicalStrategy(RpcStrategy):
                         f"{self.world.worker} and {worker} have different secrets for SSOP or LinkEncryption: give"
                         " both the same secret_file"
                     )
+        pooling = astuple(self._module.token_pooling)
+        for worker, other in self.world.exchange(pooling).items():
+            if other != pooling:
+                raise ConfigurationError(
+                    f"model.token_pooling differs: uplink and downlink are {pooling} at {self.world.worker}, {other} at"
+                    f" {worker}: give both the same"
+                )
         mine = {link: [stage.describe() for stage in stages] for link, stages in self._module.link_stages().items()}
         for worker, theirs in self.world.exchange(mine).items():
             for link in mine:

@@ -181,7 +181,13 @@ class Rounds:
             self._count_adapters("down", name, own)
 
     def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:
-        """Count what each client receives of what its ends of links were fitted to."""
+        """Count who receives what the first edge fitted links to: the other edges, and each client for its own ends.
+
+        If there are others, they get all of it, by way of the cloud.
+        """
+        first, *others = self.topology.edges
+        self._traffic["calibration/up"] += num_bytes(fitted) if others and first in self.edges else 0
+        self._traffic["calibration/down"] += num_bytes(fitted) * sum(edge in self.edges for edge in others)
         for name, client in self.clients.items():
             own = {tensor: fitted[tensor] for tensor in client.link_tensors() if tensor in fitted}
             self._traffic["calibration/down"] += num_bytes(own)

@@ -1,6 +1,6 @@
 """What the split model knows of its links: their stages, the codecs made of these, and what those were fitted to."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,3 +128,27 @@ class LinkedModel(EvaluatedModel):
             link: [stage.describe() for stage in stages if stage.trains] for link, stages in self.link_stages().items()
         }
         return {link: described for link, described in found.items() if described}
+
+    def turned_links(self) -> list[str]:
+        """What is undone at the tail only, so that the model learns on it, for a person to read."""
+        return [stage.describe() for stage in self.link_stages()["uplink"] if stage.undone_at_tail]
+
+    def secrets_learnt_on(self) -> list[str | None]:
+        """What tells whether the model goes on with the secrets that it has learnt on; None where one is not known."""
+        return [hook() for hook in hooks(self.trainer, "secret_learnt_on")]
+
+    def check_secrets(self, learnt_on: Sequence[str | None]) -> None:
+        """Refuse to go on with other secrets than those of a checkpoint.
+
+        Args:
+            learnt_on: of the checkpoint, what `secrets_learnt_on` said.
+
+        Raises:
+            ConfigurationError: one is known and another one.
+        """
+        for saved, own in zip(learnt_on, self.secrets_learnt_on(), strict=False):
+            if saved is not None and own is not None and saved != own:
+                raise ConfigurationError(
+                    "expected the secret that the checkpoint was made with, on which its adapters have learnt; got"
+                    " another one for SSOP: give the same secret_file, or without one the same seed"
+                )

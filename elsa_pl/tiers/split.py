@@ -199,8 +199,8 @@ class SplitModel(LinkedModel):
         self._held = [self.build()]
         for plan in {plan.resolve(num_blocks(self._base)) for plan in [self.plan, *self.client_plans.values()]}:
             check_cut(self._base, plan)
-            if self.token_pooling:
-                check_reads_ahead(self._base)
+            if self.token_pooling and plan.kind != "uncut":  # which has no place to pool at
+                check_reads_ahead(self._base, plan)
             self._checked.add(plan)
         self._resolved_plan = self.plan.resolve(num_blocks(self._base))
 
@@ -534,6 +534,7 @@ class SplitModel(LinkedModel):
             "model.lora.target_modules": None if targets is None else list(targets),
             "strategy.aggregator": "stacked" if self.stacks else None,
             "links that learn": self.learned_links() or None,
+            "links undone at the tail": self.turned_links() or None,
             "data.labels": list(labels),
         }
 
@@ -561,8 +562,10 @@ class SplitModel(LinkedModel):
             "work": {client: dict(done) for client, done in self.work.items()},
         }
         checkpoint["elsa_own_adapters"] = self._strategy.own_adapters
+        checkpoint["elsa_secrets"] = self.secrets_learnt_on()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_secrets(checkpoint.get("elsa_secrets", []))
         self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
