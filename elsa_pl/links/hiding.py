@@ -1,5 +1,9 @@
 """Encryption, against whoever reads the link; and noise, the usual defence against an edge, to compare others with."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 
@@ -54,6 +58,22 @@ class _Unsealer(_Lock):
         return unseal(message, self.key)
 
 
+_imitated: ContextVar[torch.Generator | None] = ContextVar("imitated", default=None)
+
+
+@contextmanager
+def imitating_noise(generator: torch.Generator) -> Iterator[None]:
+    """Whoever has no secret adds noise of its own, of the same spread, which is public: to learn what states look like.
+
+    Outside of this, a codec without secrets adds none.
+    """
+    token = _imitated.set(generator)
+    try:
+        yield
+    finally:
+        _imitated.reset(token)
+
+
 class NoiseStage(Stage):
     """Gaussian noise, in units of the spread of public texts' states; a baseline.
 
@@ -94,7 +114,10 @@ class _Noise(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if self._seed is None:
-            return states
-        generator = torch.Generator().manual_seed(derive_seed(self._seed, current_crossing().number))
+            generator = _imitated.get()
+            if generator is None:
+                return states
+        else:
+            generator = torch.Generator().manual_seed(derive_seed(self._seed, current_crossing().number))
         drawn = torch.randn(states.shape, generator=generator).to(states)
         return states + self._scale * self.spread * drawn
