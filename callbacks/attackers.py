@@ -120,9 +120,13 @@ def guess_tokens(
     answers = answering(public.ids, attacker.special)
     blind = likeliest(prior_of(seen, public.of(answers)))
     guesses = {"blind": blind}
-    trained = (public if attacker.noised is None else attacker.noised).of(answers)
-    for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
-        guesses[name] = inverter_attack(*_marked(seen, trained), trained.ids, num_hidden=num_hidden)
+    # of a model's states, either can be the better teacher: one draw of noise for each token is not many
+    for ending, teacher in (("", public), (", noised", attacker.noised)):
+        if teacher is None:
+            continue
+        rows = teacher.of(answers)
+        for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
+            guesses[name + ending] = inverter_attack(*_marked(seen, rows), rows.ids, num_hidden=num_hidden)
     if whole is not None:
         own, theirs = _as_texts(seen, whole[0]), _as_texts(public.of(answers), whole[1])
         ids = public.ids[answers]

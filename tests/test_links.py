@@ -242,7 +242,8 @@ def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
     labels = table[table["reader"] == "labels"].set_index("what")
     assert set(labels.index) == {"uplink", "middle", "gradients", "shuffled"}
     assert labels["floor"].nunique() == 1
-    assert 0.25 <= labels["floor"].iloc[0] <= labels.loc["shuffled", "share"] < 0.7, "of four labels, in twelve texts"
+    assert 0.25 <= labels["floor"].iloc[0] < 0.6, "of four labels, in twelve texts"
+    assert 0.2 < labels.loc["shuffled", "share"] < 0.7
 
 
 @pytest.mark.parametrize("audited", [False, True])

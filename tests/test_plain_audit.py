@@ -426,3 +426,13 @@ def test_small_batches_give_as_many_texts(tmp_path: Path) -> None:
 
     fit(tmp_path, Look())
     assert [sum(len(states) for states, _ in exposure.plain) for exposure in found] == [24, 5]
+
+
+def test_another_validation_changes_no_rows(tmp_path: Path) -> None:
+    """Of a project that validates by itself, after or between fits."""
+    _, trainer = fit(tmp_path, audit(pictures=False), max_epochs=2)
+    before = (tmp_path / "privacy.csv").read_text()
+    known = texts(32, 3)
+    data = TensorDataset(known["input_ids"], known["attention_mask"], torch.zeros(32))
+    trainer.validate(trainer.lightning_module, DataLoader(data, batch_size=16), verbose=False)
+    assert (tmp_path / "privacy.csv").read_text() == before
