@@ -85,7 +85,8 @@ class PrivacyAudit(Callback):
         num_texts: held-out texts that are attacked; all of them, if there are fewer.
         num_known: of them, known to the attacker, about.
         num_candidates: where tokens are pooled, the edge also tries texts out, with so many of the likeliest tokens at
-            each place (`elsa_pl.functional.search`), which takes minutes; 0: it does not.
+            each place (`elsa_pl.functional.search`), which takes minutes and has not found more than the best of the
+            others; 0: it does not.
         every_n_rounds: rounds between audits.
         pictures: draw into the run's folder.
         at: name of the submodule whose output [B, T, D] is sent; this and what follows are for other projects only.

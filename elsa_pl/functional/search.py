@@ -3,6 +3,11 @@
 Where a state stands for many tokens, no single token can be looked up. But a guess of the whole text can be checked,
 and bettered token by token.
 
+It does not do well, and is here to show that. A mean over many tokens changes so little with any one of them that texts
+of other words come nearer to what was seen than where the search began. Of MiniLM's fourth block, first token and the
+mean of the others in 96 numbers of 4 bits, 60 questions of TREC: it begins with 28.8% of the tokens, from a classifier
+of whole texts, and ends with 21.2% by distance alone, and 25.2% with a prior; who sees nothing finds 19.9%.
+
 Shapes: B texts, T tokens, C candidates, any * of what is seen of a text.
 """
 
@@ -20,7 +25,7 @@ def search_attack(
     num_sweeps: int = 2,
     *,
     log_prior: Tensor | None = None,
-    prior_weight: float = 0.01,
+    prior_weight: float = 0.1,
 ) -> Tensor:
     r"""Descend by coordinates: at each place in turn take the candidate whose text is encoded nearest to what was seen.
 
