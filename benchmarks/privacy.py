@@ -5,8 +5,9 @@
 TREC, trained as in `benchmarks.links`, but for 200 training texts that are held out. Attackers know 2,000 of the other
 training texts and see what an edge gets of the held-out ones after the last round. Recovery is the share of their
 tokens that the best attacker of ``PrivacyAudit`` finds, [CLS] and [SEP] not counted; of the edge, and of a reader of
-the link where that sees something else. ``blind`` sees nothing and guesses by position: no defence brings the best
-below it.
+the link where that sees something else; ``by`` is the attacker that finds most over all seeds. ``blind`` sees no state
+and guesses by position, and by length where the attention mask shows it: no defence brings the best below it. MB are
+those of states and gradients in training, those of validation included.
 
 The picture ``frontier.png`` in ``--output`` shows the rows that were asked for.
 
@@ -16,6 +17,7 @@ Finished runs with the same settings are found again in ``--output``: use a fres
 import argparse
 import math
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,36 +102,43 @@ def main() -> None:
     }
     jobs = [(name, settings_of(data_root, output, files, ROWS[row], seed)) for (row, seed), name in names.items()]
     folders = all_of(jobs, output)
-    columns = {"test accuracy": 26, "edge reads": 26, "by": 26, "link reads": 12, "blind": 8, "MB": 9}
+    columns = {
+        "test accuracy": 26,
+        "edge reads": 26,
+        "by": 26,
+        "link reads": 12,
+        "blind": 8,
+        "MB, validation included": 26,
+    }
     print(f"\n{'cut and link':<36}" + "".join(f"{title:>{width}}" for title, width in columns.items()))
-    points = {}
+    points, blinds = {}, []
     for row in args.rows:
         runs = [folders[names[row, seed]] for seed in args.seeds]
         shares = [pd.read_csv(run / "privacy.csv").set_index(["reader", "what"])["share"] * 100 for run in runs]
         readers = set(shares[0].index.get_level_values("reader"))
         accuracies = [100 * summary(run)["test_accuracy"] for run in runs]
         read = [share["edge"].max() for share in shares]
-        blind = statistics.mean(share["edge", "blind"] for share in shares)
+        blinds.append(statistics.mean(share["edge", "blind"] for share in shares))
         sent = statistics.mean(summary(run)["bytes"]["total"] for run in runs) / 1e6
         points[row] = statistics.mean(read), statistics.mean(accuracies), sent
         cells = [
             several(accuracies, 1),
             several(read, 1),
-            shares[0]["edge"].idxmax(),
+            pd.concat([share["edge"] for share in shares], axis=1).mean(axis=1).idxmax(),
             f"{statistics.mean(share['link' if 'link' in readers else 'edge'].max() for share in shares):.1f}",
-            f"{blind:.1f}",
+            f"{blinds[-1]:.1f}",
             f"{sent:.1f}",
         ]
         print(f"{row:<36}" + "".join(f"{cell:>{width}}" for cell, width in zip(cells, columns.values(), strict=True)))
-    print(f"picture: {save(draw(points, blind), output / 'frontier.png')}")
+    print(f"picture: {save(draw(points, blinds), output / 'frontier.png')}")
 
 
-def draw(points: dict[str, tuple[float, float, float]], blind: float) -> "Figure":
+def draw(points: dict[str, tuple[float, float, float]], blinds: Sequence[float]) -> "Figure":
     """Accuracy against what an edge reads, coloured by what was sent.
 
     Args:
         points: tokens read and accuracy, in per cent, and MB; by name.
-        blind: tokens found without seeing anything, in per cent.
+        blinds: tokens found without seeing any state, in per cent; more where lengths show.
     """
     figure = new_figure(8.0, 5.0)
     axes, bar = figure.subplots(1, 2, width_ratios=[40, 1])
@@ -137,15 +146,16 @@ def draw(points: dict[str, tuple[float, float, float]], blind: float) -> "Figure
     marks = np.arange(math.floor(np.log10(sent.min())), math.ceil(np.log10(sent.max())) + 1)
     look = {"cmap": "viridis", "vmin": marks[0], "vmax": marks[-1], "s": 50, "edgecolors": DARK, "linewidths": 0.7}
     drawn = axes.scatter(read, accuracy, c=np.log10(sent), **look)
-    axes.axvline(blind, color="#999999", linestyle=":", linewidth=1)
     half_way = np.mean(axes.get_ylim())
-    axes.annotate("seeing nothing", (blind, half_way), rotation=90, fontsize=FONT_PT, ha="right", va="top")
+    for blind in sorted({round(min(blinds), 1), round(max(blinds), 1)}):
+        axes.axvline(blind, color="#999999", linestyle=":", linewidth=1)
+    axes.annotate("seeing no state", (min(blinds), half_way), rotation=90, fontsize=FONT_PT, ha="right", va="top")
     axes.set(xlim=(0, 100), xlabel="held-out tokens that the best attacker at the edge recovers, %")
     axes.set_ylabel("test accuracy, %")
     style(axes)
     scale = figure.colorbar(drawn, cax=bar)
     scale.set_ticks(marks.tolist(), labels=[f"{10.0**mark:g}" for mark in marks])
-    scale.set_label("MB of training")
+    scale.set_label("MB, validation included")
     style(bar)
     title(figure, "Up and left is better: accuracy, and what an edge reads of held-out texts (TREC)")
     short = [name.replace(" and mean", "+mean").replace("learned ", "1/").replace(" + ", ", ") for name in points]

@@ -1,20 +1,24 @@
 """The attackers of `elsa_pl.functional` on the tokens of some texts, all of them.
 
-Where tokens are pooled, several share a state: then each attacker answers once for each place among those that do.
+Where tokens are pooled, several share a state: then each attacker answers once for each place among those that do, and
+others look at all states of a text at once.
 
-Shapes: N tokens, D width, B batch, G groups, C candidates.
+Shapes: N tokens, D width, B batch, T columns, G groups, C candidates, P texts, K numbers of all states of a text.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from elsa_pl.functional.attacks import alignment_attack, complement_attack, nearest_neighbours
+from elsa_pl.functional.attacks import alignment_attack, answering, complement_attack, nearest_neighbours
 from elsa_pl.functional.inverter import inverter_attack
-from elsa_pl.functional.pooling import Pooling, places
+from elsa_pl.functional.pooling import Pooling, places, pool_batch
+from elsa_pl.functional.priors import Prior, likeliest, token_prior
 from elsa_pl.functional.rotation_attacks import procrustes_attack, refined_attack, signature_attack
+from elsa_pl.functional.text_attacks import Texts, nearest_texts_attack, text_classifier_attack
 
 _NUM_HIDDEN = 256
 
@@ -28,7 +32,8 @@ class Tokens:
         ids: [N]
         texts: number of the text of each. [N]
         passes: number of the pass in which each was sent. [N]
-        positions: in the text. [N]
+        positions: in the text, wherever its padding is. [N]
+        lengths: the most tokens that its text may have, for all that the link's attention mask shows. [N]
         places: among the tokens that share a state; 0 without pooling. [N]
     """
 
@@ -37,6 +42,7 @@ class Tokens:
     texts: Tensor
     passes: Tensor
     positions: Tensor
+    lengths: Tensor
     places: Tensor
 
     def of(self, chosen: Tensor) -> "Tokens":
@@ -49,99 +55,158 @@ class Tokens:
         found, before = [], 0
         for number, (values, batch) in enumerate(parts):
             mask = batch["attention_mask"].bool()
-            texts, positions = mask.nonzero().unbind(1)
+            texts, columns = mask.nonzero().unbind(1)
             groups, within = places(mask.shape[1], pooling)
+            shown = pool_batch({"attention_mask": mask}, pooling)["attention_mask"].sum(1)
+            group_size = pooling if isinstance(pooling, int) else 1
             found.append(
                 Tokens(
-                    states=values[texts, groups[positions]].float().detach(),
+                    states=values[texts, groups[columns]].float().detach(),
                     ids=batch["input_ids"][mask],
                     texts=texts + before,
                     passes=torch.full_like(texts, number),
-                    positions=positions,
-                    places=within[positions],
+                    positions=(mask.cumsum(1) - 1)[mask],
+                    lengths=(1 + group_size * (shown - 1))[texts],
+                    places=within[columns],
                 )
             )
             before += len(mask)
         return Tokens(*(torch.cat([getattr(tokens, field.name) for tokens in found]) for field in fields(Tokens)))
 
 
+def whole_texts(seen: Sequence[Tensor], public: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """All states of each text side by side, 0 where a text has fewer: [P, K] of both, of batches [B, G, D]."""
+    most = max(states.shape[1] for states in (*seen, *public))
+    found = [
+        torch.cat([F.pad(states.float().detach(), (0, 0, 0, most - states.shape[1])).flatten(1) for states in parts])
+        for parts in (seen, public)
+    ]
+    return found[0], found[1]
+
+
+@dataclass(frozen=True)
+class Known:
+    """What attackers know.
+
+    Attributes:
+        public: states of public texts, encoded as far as the attackers know how, but without noise.
+        noised: the same with noise of their own, as the link adds; None where it adds none.
+        special: ids that are never scored, and so never an answer.
+        subspace: in which SS-OP turns; None without it. [D, r]
+    """
+
+    public: Tokens
+    special: Sequence[int]
+    noised: Tokens | None = None
+    subspace: Tensor | None = None
+
+
 def guess_tokens(
-    seen: Tokens, public: Tokens, known: Tensor, plain: Tensor, subspace: Tensor | None, special: Sequence[int]
+    seen: Tokens, attacker: Known, known: Tensor, plain: Tensor, whole: tuple[Tensor, Tensor] | None = None
 ) -> dict[str, Tensor]:
     """What each attacker takes the tokens for.
 
     Args:
         seen: what was sent. Its tokens are not looked at, but for those known.
-        public: of public texts, encoded as far as the attackers know how.
+        attacker: what it knows of public texts and of the link.
         known: which of the tokens the attackers know. [N]
         plain: states of the same texts before anything was done to them; used for those known. [N, D]
-        subspace: in which SS-OP turns; None without it.
-        special: ids that are never a guess of ``blind``.
+        whole: where tokens share states, all states of each seen and public text, see `whole_texts`.
 
     Returns:
         Token ids [N], by attacker.
     """
-    blind = _commonest(seen, public, special)
+    public = attacker.public
+    answers = answering(public.ids, attacker.special)
+    blind = likeliest(prior_of(seen, public.of(answers)))
     guesses = {"blind": blind}
-    for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
-        guesses[name] = inverter_attack(*_marked(seen, public), public.ids, num_hidden=num_hidden)
-    for place in seen.places.unique():
-        own, theirs = seen.places == place, public.places == place
-        if min(int((known & own).sum()), int(theirs.sum())) < 2:  # hardly a text is so long
+    # of a model's states, either can be the better teacher: one draw of noise for each token is not many
+    for ending, teacher in (("", public), (", noised", attacker.noised)):
+        if teacher is None:
             continue
-        compared = _compare(seen.of(own), public.of(theirs), subspace, plain[own], known[own])
+        rows = teacher.of(answers)
+        for name, num_hidden in (("inverter", 0), ("inverter, hidden layer", _NUM_HIDDEN)):
+            guesses[name + ending] = inverter_attack(*_marked(seen, rows), rows.ids, num_hidden=num_hidden)
+    if whole is not None:
+        own, theirs = _as_texts(seen, whole[0]), _as_texts(public.of(answers), whole[1])
+        ids = public.ids[answers]
+        guesses["whole text"] = text_classifier_attack(own, theirs, ids)
+        guesses["nearest texts"] = nearest_texts_attack(own, theirs, ids, prior_of(seen, public.of(answers)))
+    # what noise adds to each coordinate; states are compared in units of that
+    unit = None if attacker.noised is None else (attacker.noised.states - public.states).std(0, correction=0)
+    for place in seen.places.unique():
+        mine, there = seen.places == place, public.places == place
+        if min(int((known & mine).sum()), int((there & answers).sum())) < 2:  # hardly a text is so long
+            continue
+        compared = _compare(seen.of(mine), public.of(there), attacker, plain[mine], known[mine], unit)
         for name, guessed in compared.items():
-            guesses.setdefault(name, blind.clone())[own] = guessed
+            guesses.setdefault(name, blind.clone())[mine] = guessed
     return guesses
 
 
-def candidates(seen: Tokens, public: Tokens, guesses: Mapping[str, Tensor], count: int) -> Tensor:
-    """The likeliest tokens to a classifier, and two other guesses: where a search of texts starts, and goes on to.
+def prior_of(seen: Tokens, public: Tokens) -> Prior:
+    """How likely public tokens are at the place of each that was seen, with the lengths that the link shows."""
+    return token_prior(seen.positions, seen.lengths, (public.positions, public.lengths), public.ids)
+
+
+def candidates(
+    seen: Tokens, attacker: Known, guesses: Mapping[str, Tensor], whole: tuple[Tensor, Tensor], count: int
+) -> Tensor:
+    """The likeliest tokens to a classifier of whole texts, and other guesses: where a search starts, and goes on to.
 
     Args:
         seen: as in `guess_tokens`.
-        public: as there.
+        attacker: as there.
         guesses: its answer.
+        whole: as there.
         count: of the classifier's.
 
     Returns:
-        [N, `count` + 2]
+        No special tokens. [N, C]
     """
-    marked = _marked(seen, public)
-    likely = inverter_attack(*marked, public.ids, num_guesses=count, num_hidden=_NUM_HIDDEN)
-    others = [guesses[name] for name in ("nearest", "blind") if name in guesses]
+    public = attacker.public.of(answering(attacker.public.ids, attacker.special))
+    own, theirs = _as_texts(seen, whole[0]), _as_texts(public, whole[1])
+    likely = text_classifier_attack(own, theirs, public.ids, num_guesses=count)
+    others = [guesses[name] for name in ("nearest texts", "nearest", "blind") if name in guesses]
     return torch.cat([likely.view(len(likely), -1), torch.stack(others, 1)], 1)
 
 
-def _compare(seen: Tokens, public: Tokens, subspace: Tensor | None, plain: Tensor, known: Tensor) -> dict[str, Tensor]:
+def _as_texts(tokens: Tokens, states: Tensor) -> Texts:
+    return Texts(states, tokens.texts, tokens.positions)
+
+
+def _compare(
+    seen: Tokens, public: Tokens, attacker: Known, plain: Tensor, known: Tensor, unit: Tensor | None
+) -> dict[str, Tensor]:
     """What attackers say that compare states, or what a rotation leaves of them."""
-    aimed = (public.states, public.ids)
+    special, subspace = attacker.special, attacker.subspace
+    answers = answering(public.ids, special)
+    aimed, everything = (public.states[answers], public.ids[answers]), (public.states, public.ids)
+
+    def by_signatures(rows: Tokens, never: Sequence[int]) -> Tensor:
+        return signature_attack(rows.states, rows.texts, public.states, public.texts, public.ids, special=never)
+
+    def refined(rows: Tokens) -> Tensor:
+        return refined_attack(rows.states, *everything, by_signatures(rows, ()), special=special)
+
     guesses = {
         "nearest": nearest_neighbours(seen.states, *aimed),
-        "signatures": signature_attack(seen.states, seen.texts, public.states, public.texts, public.ids),
-        "alignment": alignment_attack(seen.states, *aimed, subspace),
+        "signatures": by_signatures(seen, special),
+        "alignment": alignment_attack(seen.states, *everything, subspace, special=special),
         "procrustes": procrustes_attack(seen.states, *aimed, seen.states[known], plain[known]),
+        "refined": refined(seen),
     }
-    guesses["refined"] = refined_attack(seen.states, *aimed, guesses["signatures"])
+    if unit is not None:
+        scale = torch.where(unit > 0, unit, unit.max())
+        guesses["nearest, in units of noise"] = nearest_neighbours(seen.states / scale, aimed[0] / scale, aimed[1])
     apart = torch.empty_like(seen.ids), torch.empty_like(seen.ids)  # for rotations that change with every pass
     for number in seen.passes.unique():
         own = seen.passes == number
-        states, texts = seen.states[own], seen.texts[own]
-        apart[0][own] = signature_attack(states, texts, public.states, public.texts, public.ids)
-        apart[1][own] = refined_attack(states, *aimed, apart[0][own])
+        apart[0][own] = by_signatures(seen.of(own), special)
+        apart[1][own] = refined(seen.of(own))
     guesses["signatures, by pass"], guesses["refined, by pass"] = apart
     if subspace is not None and subspace.shape[1] < subspace.shape[0]:
         guesses["complement"] = complement_attack(seen.states, *aimed, subspace.detach())
-    return guesses
-
-
-def _commonest(seen: Tokens, public: Tokens, special: Sequence[int]) -> Tensor:
-    """The commonest token of public texts at each token's position; of any position, where no text is so long."""
-    counted = ~torch.isin(public.ids, torch.tensor(list(special), dtype=torch.long))
-    ids, positions = public.ids[counted], public.positions[counted]
-    guesses = torch.full_like(seen.ids, int(ids.mode().values))
-    for position in positions.unique():
-        guesses[seen.positions == position] = ids[positions == position].mode().values
     return guesses
 
 
@@ -151,7 +216,7 @@ def _marked(seen: Tokens, public: Tokens) -> tuple[Tensor, Tensor]:
     if num_places == 1:
         return seen.states, public.states
     marked = [
-        torch.cat([tokens.states, torch.nn.functional.one_hot(tokens.places, num_places).to(tokens.states)], 1)
+        torch.cat([tokens.states, F.one_hot(tokens.places, num_places).to(tokens.states)], 1)
         for tokens in (seen, public)
     ]
     return marked[0], marked[1]

@@ -50,6 +50,15 @@ class CommunicationMonitor(Callback):
             if phase == "training":
                 self._log(trainer)
 
+    def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._drop(trainer, pl_module)  # of what another monitor, or none, was there for
+
+    def on_test_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._drop(trainer, pl_module)
+
+    def on_predict_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        self._drop(trainer, pl_module)
+
     def on_validation_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         self._take(trainer, pl_module, "training")  # validation interrupts an epoch
 
@@ -60,6 +69,12 @@ class CommunicationMonitor(Callback):
         if not is_federated(trainer):
             self._take(trainer, pl_module, "training")
             self._log(trainer)
+
+    def _drop(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+        """What crossed outside of training and its validation belongs to no round."""
+        if not is_federated(trainer):
+            for codec in codecs_in(module):
+                codec.traffic.take()
 
     def _take(self, trainer: "pl.Trainer", module: "pl.LightningModule", phase: str) -> None:
         if is_federated(trainer):

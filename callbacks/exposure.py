@@ -8,8 +8,8 @@ Shapes: B batch, T tokens, G tokens after pooling, D hidden.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import islice
-from typing import Any, Literal
+from itertools import accumulate, islice, pairwise
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -21,7 +21,9 @@ from elsa_pl.callbacks.probing import evaluating, probe, submodule
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.label_attacks import pool
 from elsa_pl.functional.pooling import Pooling
-from elsa_pl.links import NOBODY, Codec, Traffic, codecs_in, crossing, on_states
+from elsa_pl.functional.seeding import derive_seed
+from elsa_pl.links import NOBODY, Codec, codecs_in, crossing, on_states
+from elsa_pl.links.hiding import imitating_noise
 
 Reader = Literal["edge", "link"]
 Part = tuple[Tensor, Mapping[str, Tensor]]
@@ -40,7 +42,8 @@ class Exposure:
         pooling: of tokens, where states are sent.
 
     Attributes:
-        public: states of public texts, as attackers encode and decode them.
+        public: states of public texts, as attackers encode and decode them, without noise.
+        noised: the same with noise of the attackers' own, as the link adds; none where it adds none.
         plain: states of private texts before anything is done to them; attackers use those of texts they know.
         seen: what each reader makes of what was sent of private texts.
         states: what computes states of texts as anyone can who knows the front; None where texts are not tried out.
@@ -53,6 +56,7 @@ class Exposure:
     ) -> None:
         self._own, self._nobody, self.special, self.pooling = own, nobody, special, pooling
         self.public: list[Part] = []
+        self.noised: list[Part] = []
         self.plain: list[Part] = []
         self.seen: dict[Reader, list[Part]] = {"edge": [], "link": []}
         self.states: Callable[[Mapping[str, Tensor]], Tensor] | None = None
@@ -72,7 +76,12 @@ class Exposure:
 
     def know(self, states: Tensor, batch: Mapping[str, Tensor]) -> None:
         """Add states of public texts."""
-        self.public.append((self.encoded(states), batch))
+        clean = self.encoded(states)
+        with imitating_noise(torch.Generator().manual_seed(derive_seed("attackers' noise", len(self.public)))):
+            noised = self.encoded(states)
+        self.public.append((clean, batch))
+        if not torch.equal(noised, clean):
+            self.noised.append((noised, batch))
 
     def send(
         self,
@@ -116,16 +125,18 @@ def expose_client(trainer: "pl.Trainer", module: Any, name: str, public_file: st
     batches = data.eval_batches("validation")
     if not batches:
         raise ConfigurationError("PrivacyAudit needs validation texts: set data.validation_fraction or validation_file")
-    stride = _stride(batches, num_texts)
+    chosen = _chosen(batches, num_texts)
     own, nobody = (module.known_codecs(plan, who).get("uplink") for who in (name, NOBODY))
     exposure = Exposure(own, nobody, data.special_ids, module.token_pooling.uplink)
     exposure.states = client.states
-    for batch in data.probe_batches() if public_file is None else data.text_batches(public_file):
+    for batch in public_batches(data, public_file):
         exposure.know(client.states(batch), batch)
     exposure.pooled = {"uplink": [], "middle": [], "gradients": []}
-    for number, whole in enumerate(batches):
+    for number, (whole, rows) in enumerate(zip(batches, chosen, strict=True)):
+        if not len(rows):
+            continue
         # copies, since what was made under inference mode has no gradients
-        batch = {name: value[::stride].clone() for name, value in whole.items()}
+        batch = {name: value[rows].clone() for name, value in whole.items()}
         exposed = client.expose(batch, (trainer.current_epoch, number))
         exposure.send(exposed.states, exposed.sent, batch, exposed.number, exposed.mask)
         exposure.pooled["uplink"].append(pool(exposure.seen["edge"][-1][0], exposed.mask))
@@ -133,6 +144,34 @@ def expose_client(trainer: "pl.Trainer", module: Any, name: str, public_file: st
         exposure.pooled["gradients"].append(pool(exposed.gradients, exposed.mask_down))
         exposure.labels.append(batch["labels"])
     return exposure
+
+
+def public_batches(data: Any, public_file: str | None) -> list[Mapping[str, Tensor]]:
+    """Batches of the texts that attackers know.
+
+    Args:
+        data: the data module.
+        public_file: see `PrivacyAudit`; None: the probes.
+
+    Raises:
+        ConfigurationError: there are fewer than two, or the file is not what it must be.
+        ValueError: there are no probes.
+    """
+    if public_file is None:
+        found = data.probe_batches()
+    else:
+        try:
+            found = data.text_batches(public_file, "PrivacyAudit.public")
+        except (FileNotFoundError, ValueError) as error:
+            told = str(error) if "public_file" in str(error) else f"PrivacyAudit.public_file: {error}"
+            raise ConfigurationError(told) from error
+    count = sum(len(batch["input_ids"]) for batch in found)
+    if count < 2:
+        where = "the probes" if public_file is None else f"PrivacyAudit.public_file {public_file}"
+        raise ConfigurationError(
+            f"PrivacyAudit: expected at least 2 texts in {where}, to learn from; got {count}: add texts"
+        )
+    return cast(list[Mapping[str, Tensor]], found)
 
 
 # ---- in a project of its own -----------------------------------------------------------------------------------------
@@ -144,7 +183,7 @@ def check_place(module: "pl.LightningModule", at: str, public: Iterable[Any], pr
     Raises:
         ConfigurationError: what is wrong, and what to do.
     """
-    with _apart(module):
+    with _apart():
         for name, batches in (("public", public), ("private", private)):
             _pass_on(module, at, name, islice(batches, 1), lambda *_: None)
 
@@ -173,16 +212,19 @@ def expose_module(
     exposure = Exposure(own, None if own is None else nobodies[own], special)
 
     def send(states: Tensor, batch: Mapping[str, Tensor]) -> None:
-        states, batch = states[::stride], {name: value[::stride] for name, value in batch.items()}
+        rows = next(taken)
+        states, batch = states[rows], {name: value[rows] for name, value in batch.items()}
         exposure.send(states, states if own is None else own.side("encoder")(states), batch)
 
-    with _apart(module):
+    with _apart():
         with _in_place_of(nobodies):  # attackers run the model without the secrets of stages before this place
             _pass_on(module, at, "public", public, exposure.know)
         held_out = list(private)
         for batch in held_out:
             _require_batch(batch, "private")
-        stride = _stride(held_out, num_texts)
+        chosen = _chosen(held_out, num_texts)
+        held_out = [batch for batch, rows in zip(held_out, chosen, strict=True) if len(rows)]
+        taken = iter([rows for rows in chosen if len(rows)])
         _pass_on(module, at, "private", held_out, send)
     num_found = sum(len(states) for states, _ in exposure.plain)
     if num_found < 2:
@@ -263,17 +305,10 @@ def _require_states(outputs: Sequence[Any], ids: Tensor, at: str) -> None:
 
 
 @contextmanager
-def _apart(module: "pl.LightningModule") -> Iterator[None]:
-    """What is sent meanwhile is not counted, and the random numbers of training go on as without it."""
-    counted = {codec: codec.traffic for codec in codecs_in(module)}
-    for codec in counted:
-        codec.traffic = Traffic()
-    try:
-        with torch.inference_mode(False), torch.random.fork_rng(devices=()):
-            yield
-    finally:
-        for codec, traffic in counted.items():
-            codec.traffic = traffic
+def _apart() -> Iterator[None]:
+    """The random numbers of training go on as without it."""
+    with torch.inference_mode(False), torch.random.fork_rng(devices=()):
+        yield
 
 
 @contextmanager
@@ -286,6 +321,9 @@ def _in_place_of(others: Mapping[Codec, Codec]) -> Iterator[None]:
         yield
 
 
-def _stride(batches: Sequence[Mapping[str, Tensor]], num_texts: int) -> int:
-    """Of how many texts one is taken, for about so many; evenly, since batches may come in order of length."""
-    return max(1, sum(len(batch["input_ids"]) for batch in batches) // num_texts)
+def _chosen(batches: Sequence[Mapping[str, Tensor]], num_texts: int) -> list[Tensor]:
+    """Which rows of each batch are taken, for so many texts; evenly, since batches may come in order of length."""
+    ends = list(accumulate((len(batch["input_ids"]) for batch in batches), initial=0))
+    count = min(num_texts, ends[-1])
+    numbers = torch.arange(count) * ends[-1] // max(1, count)
+    return [numbers[(numbers >= first) & (numbers < last)] - first for first, last in pairwise(ends)]

@@ -17,13 +17,14 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from elsa_pl.callbacks.attackers import Tokens, candidates, guess_tokens
+from elsa_pl.callbacks.attackers import Known, Tokens, candidates, guess_tokens, prior_of, whole_texts
 from elsa_pl.callbacks.communication import CommunicationMonitor
 from elsa_pl.callbacks.drawing import new_figure, save, style, title
-from elsa_pl.callbacks.exposure import Exposure, check_place, expose_client, expose_module
+from elsa_pl.callbacks.exposure import Exposure, check_place, expose_client, expose_module, public_batches
 from elsa_pl.callbacks.probing import agree, companion, is_federated, log_agreed, submodule
 from elsa_pl.errors import ConfigurationError, RemoteError
-from elsa_pl.functional.label_attacks import label_clusters, matched_share
+from elsa_pl.functional.attacks import answering
+from elsa_pl.functional.label_attacks import label_clusters, matched_share, shuffled_share
 from elsa_pl.functional.recovery import best_of_all, cap, majority_floor
 from elsa_pl.functional.search import search_attack
 
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Found = tuple[dict[tuple[str, str], float], float, float]
-"""Shares by reader and attack, the floor and the cap."""
+_Found = dict[tuple[str, str], tuple[float, float | None, float | None]]
+"""Share, floor and cap, by reader and attack."""
 _COLUMNS = ["round", "reader", "what", "share", "floor", "cap", "accuracy", "bytes"]
 
 
@@ -42,22 +43,35 @@ class PrivacyAudit(Callback):
 
     ``privacy.csv`` has, by round and reader, the share of tokens that each attack recovers (special tokens do not
     count), next to the floor (guessing the commonest), the cap (tokens that occur in public text at all), accuracy and
-    bytes so far; and the share of labels that clusters of what the edge sees agree with. ``privacy.png`` shows accuracy
-    against the best attacker. The best of each reader is logged as ``privacy/<reader>``, labels as
-    ``privacy/labels``.
+    bytes so far; and the share of labels that clusters of what the edge sees agree with, whose floor is the commonest
+    label's share; ``shuffled`` is what the same clusters get of labels in random order. ``privacy.png`` shows accuracy
+    against the best attacker. The best of each reader is logged as ``privacy/<reader>``, labels as ``privacy/labels``.
+
+    ``validate --run FOLDER`` attacks the checkpoint of an earlier run without training again, whether that run had this
+    callback or it is given now (``--trainer.callbacks+=PrivacyAudit``). Rows have the round of the checkpoint, and lie
+    in the folder of that command.
 
     What answers what: a sketch, a projection or quantization sends less and hides little, because the nearest public
     state still tells the token. SS-OP undone at the edge is against readers of the link, and none against the edge.
     SS-OP undone at the tail is against the edge, as far as the figures here say; many texts under one rotation give it
-    away. Encryption leaves a reader of the link nothing. Token pooling leaves an edge one state for many tokens.
-    Nothing here hides labels from an edge that sees gradients.
+    away. Encryption leaves a reader of the link no state, but lengths and timing: attention masks, sizes of messages
+    and the order of passes stay visible. Token pooling leaves an edge one state for many tokens, and of a text's
+    length no more than the number of states. Nothing here hides labels from an edge that sees gradients.
 
-    Where tokens are pooled (``model.token_pooling``), each token is guessed from the state that it has its part in.
-    ``blind`` sees nothing: it guesses the token that public texts have most often at that position. No defence brings
-    the best attacker below it, and it lies well above the floor where texts begin alike, as questions do.
+    Where tokens are pooled (``model.token_pooling``), each token is guessed from the state that it has its part in, and
+    two more attackers see all states of a text at once, ``whole text`` and ``nearest texts``. Where each token has a
+    state of its own they are left out: that state tells more than the others add, and a classifier of so many numbers
+    would take minutes.
 
-    The attackers' public texts are the probes. Held-out texts are validation texts, some of which the attacker knows
-    (for Procrustes); those are not scored.
+    ``blind`` sees no state: it guesses the token that public texts have most often at that position, in texts of that
+    length where the attention mask shows it. No defence brings the best attacker below it, and it lies well above the
+    floor where texts begin or end alike, as questions do.
+
+    An audit of 200 texts by attackers who know 2,000 takes about half a minute on one core, and more where noise or a
+    reader of the link has attackers of its own.
+
+    The attackers' public texts are the probes, or those of ``public_file``. Held-out texts are validation texts, some
+    of which the attacker knows (for Procrustes); those are not scored.
 
     In any other Lightning project it attacks what the link callbacks at the submodule ``at`` send of its output, or the
     output itself if there are none, after each epoch. Texts are then those of ``public`` and ``private``, and the
@@ -68,10 +82,11 @@ class PrivacyAudit(Callback):
     Args:
         public_file: texts that the attackers know, in the form of ``data.probe_file``; the more and the more alike to
             the private ones, the better they are. None: the probes.
-        num_texts: held-out texts that are attacked, about.
+        num_texts: held-out texts that are attacked; all of them, if there are fewer.
         num_known: of them, known to the attacker, about.
         num_candidates: where tokens are pooled, the edge also tries texts out, with so many of the likeliest tokens at
-            each place (`elsa_pl.functional.search`), which takes minutes; 0: it does not.
+            each place (`elsa_pl.functional.search`), which takes minutes and has not found more than the best of the
+            others; 0: it does not.
         every_n_rounds: rounds between audits.
         pictures: draw into the run's folder.
         at: name of the submodule whose output [B, T, D] is sent; this and what follows are for other projects only.
@@ -144,8 +159,19 @@ class PrivacyAudit(Callback):
         elif self._public_file is not None and not Path(self._public_file).is_file():
             raise ConfigurationError(f"PrivacyAudit: expected texts in public_file; got no file {self._public_file}")
 
-    def check_probes(self, num_probes: int, num_classes: int) -> None:
-        """Probes are asked for before anything starts; any number will do."""
+    def check_public_texts(self, data: Any) -> None:
+        """Refuse, before anything starts, public texts that attackers cannot learn from.
+
+        Args:
+            data: the data module, loaded.
+
+        Raises:
+            ConfigurationError: what is wrong with ``public_file``.
+            ValueError: there are no probes.
+        """
+        found = public_batches(data, self._public_file)
+        ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in found])
+        answering(ids, data.special_ids)
 
     def check_links(self, links: Collection[str]) -> None:
         """Refuse, before anything starts, a model that is not cut in three.
@@ -168,37 +194,45 @@ class PrivacyAudit(Callback):
 
     def on_validation_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Before the checkpoint is written, which holds the rows."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking:
+        if trainer.sanity_checking:
             return
+        if trainer.state.fn != "fit":  # in other projects that would be a validation between rounds, of the same folder
+            if is_federated(trainer):
+                self._rows = []  # the checkpoint has those of its own run
+                self._audit(trainer, pl_module, max(0, cast(Any, pl_module).num_rounds - 1))
+                self._write(trainer)
         # other projects may validate several times in an epoch
-        if is_federated(trainer) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-            self._audit(trainer, pl_module)
+        elif is_federated(trainer) or trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._audit_once(trainer, pl_module)
 
-    def _audit(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
-        """Add the rows of a round, once."""
-        if self._audited == trainer.current_epoch or (trainer.current_epoch + 1) % self._every:
-            return
-        self._audited = trainer.current_epoch
+    def _audit_once(self, trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
+        """Add the rows of a round in training, if it is one to be audited."""
+        if self._audited != trainer.current_epoch and (trainer.current_epoch + 1) % self._every == 0:
+            self._audited = trainer.current_epoch
+            self._audit(trainer, module, trainer.current_epoch)
+
+    def _audit(self, trainer: "pl.Trainer", module: "pl.LightningModule", round_number: int) -> None:
+        """Add the rows of a round."""
         found = self._federated(trainer, module) if is_federated(trainer) else self._alone(trainer, module)
         if found is None:
             return
-        shares, floor, most = found
         accuracy = float(trainer.callback_metrics.get("val_accuracy", nan))
-        for (reader, what), share in shares.items():
-            bounds = [floor, most] if reader != "labels" else [None, None]
-            self._rows.append([trainer.current_epoch, reader, what, share, *bounds, accuracy, _bytes(trainer, module)])
-        readers = {reader for reader, _ in shares}
+        sent = _bytes(trainer, module)
+        self._rows += [[round_number, *which, *figures, accuracy, sent] for which, figures in found.items()]
         self._last = {
-            f"privacy/{reader}": max(share for (other, _), share in shares.items() if other == reader)
-            for reader in sorted(readers)
+            f"privacy/{reader}": max(share for (other, _), (share, *_) in found.items() if other == reader)
+            for reader in sorted({reader for reader, _ in found})
         }
 
     def on_train_epoch_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         if not is_federated(trainer):
-            self._audit(trainer, pl_module)  # no validation in this epoch
+            self._audit_once(trainer, pl_module)  # no validation in this epoch
         if self._last:
             log_agreed(trainer, self._last)
         self._last = {}
+        self._write(trainer)
+
+    def _write(self, trainer: "pl.Trainer") -> None:
         if trainer.is_global_zero and self._rows:
             folder = Path(trainer.default_root_dir)
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,29 +287,39 @@ class PrivacyAudit(Callback):
         """Try all attackers; those of labels, if there are as many texts as classes."""
         special, pooling = exposure.special, exposure.pooling
         public = Tokens.of_batches(exposure.public, pooling)
+        noised = Tokens.of_batches(exposure.noised, pooling) if exposure.noised else None
+        attacker = Known(public, special, noised, exposure.subspace)
         seen = {reader: Tokens.of_batches(parts, pooling) for reader, parts in exposure.seen.items()}
         if torch.equal(seen["edge"].states, seen["link"].states):
             del seen["link"]
         plain = Tokens.of_batches(exposure.plain, pooling).states  # as anyone computes those of known texts
-        shares: dict[tuple[str, str], float] = {}
+        found: _Found = {}
         for reader, tokens in seen.items():
             known = self._known(tokens)
-            guesses = guess_tokens(tokens, public, known, plain, exposure.subspace, special)
-            if reader == "edge" and pooling is not None and self._num_candidates:
-                rows = candidates(tokens, public, guesses, self._num_candidates)
-                guesses["search"] = _search(exposure, rows)
+            whole = None
+            if pooling is not None:
+                learnt_from = exposure.noised or exposure.public
+                whole = whole_texts(
+                    *([states for states, _ in parts] for parts in (exposure.seen[reader], learnt_from))
+                )
+            guesses = guess_tokens(tokens, attacker, known, plain, whole)
+            if reader == "edge" and whole is not None and self._num_candidates:
+                rows = candidates(tokens, attacker, guesses, whole, self._num_candidates)
+                guesses["search"] = _search(exposure, tokens, attacker, known, rows)
             scored = ~known
-            _, table = best_of_all(
-                {attack: guess[scored] for attack, guess in guesses.items()}, tokens.ids[scored], special
-            )
-            shares |= {(reader, attack): share for attack, share in table.items()}
+            truth = tokens.ids[scored]
+            bounds = majority_floor(truth, special, public.ids), cap(truth, public.ids, special)
+            _, table = best_of_all({attack: guess[scored] for attack, guess in guesses.items()}, truth, special)
+            found |= {(reader, attack): (share, *bounds) for attack, share in table.items()}
         if exposure.labels and len(labels := torch.cat(exposure.labels)) >= num_classes:
+            floor, by_chance = majority_floor(labels), 0.0
             for what, parts in exposure.pooled.items():
                 by: Any = "direction" if what == "gradients" else "distance"
                 groups = label_clusters(torch.cat(parts), num_classes, by=by)
-                shares["labels", what] = matched_share(groups, labels)
-        scored_ids = seen["edge"].ids[~self._known(seen["edge"])]
-        return shares, majority_floor(scored_ids, special, public.ids), cap(scored_ids, public.ids, special)
+                found["labels", what] = matched_share(groups, labels), floor, None
+                by_chance = max(by_chance, shuffled_share(groups, labels))
+            found["labels", "shuffled"] = by_chance, floor, None
+        return found
 
     def _known(self, tokens: Tokens) -> Tensor:
         """Which of the tokens belong to texts that the attacker knows: short and long ones."""
@@ -337,22 +381,36 @@ def draw_privacy(table: pd.DataFrame) -> "Figure":
     return figure
 
 
-def _search(exposure: Exposure, candidates: Tensor) -> Tensor:
-    """What an edge finds that knows the front, and tries texts out: a guess for each row of candidates [N, C]."""
+def _search(exposure: Exposure, tokens: Tokens, attacker: Known, known: Tensor, candidates: Tensor) -> Tensor:
+    """What an edge finds that knows the front, and tries texts out: a guess for each row of candidates [N, C].
+
+    Special tokens and those of texts that it knows stay in place.
+    """
+    public = attacker.public.of(answering(attacker.public.ids, attacker.special))
+    prior = prior_of(tokens, public)
+    given = known | ~answering(tokens.ids, attacker.special)
+    candidates = torch.where(given[:, None], tokens.ids[:, None], candidates)
+    column = torch.searchsorted(prior.tokens, candidates).clamp_max(len(prior.tokens) - 1)
+    likely = prior.log_shares[prior.rows[:, None], column]
     found, before = [], 0
     compute = exposure.states
     assert compute is not None
     for read, batch in exposure.seen["edge"]:
         mask = batch["attention_mask"].bool()
+        own = slice(before, before + int(mask.sum()))
+        before = own.stop
         tried = batch["attention_mask"].new_zeros(*mask.shape, candidates.shape[1])
-        tried[mask] = candidates[before : before + int(mask.sum())]
-        before += int(mask.sum())
+        tried[mask] = candidates[own]
+        log_prior = likely.new_zeros(tried.shape)
+        log_prior[mask] = likely[own]
+        free = torch.zeros_like(mask)
+        free[mask] = ~given[own]
 
         def encode(ids: Tensor, mask: Tensor = batch["attention_mask"]) -> Tensor:
             return exposure.encoded(compute({"input_ids": ids, "attention_mask": mask}))
 
         with torch.no_grad():
-            found.append(search_attack(read, encode, tried, mask)[mask])
+            found.append(search_attack(read, encode, tried, free, log_prior=log_prior)[mask])
     return torch.cat(found)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.functional.updates import hashed_update
+from elsa_pl.links import Traffic, codecs_in
 
 # Shapes: Q probes, B batch, D hidden, C classes, K width of a hashed update.
 
@@ -108,8 +109,14 @@ class ProbingCallback(Callback):
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Without gradients and as in evaluation. Each part goes back to its own mode, since a project may freeze some."""
+    """Without gradients and as in evaluation, and apart from what a run sends: link stages do not count it.
+
+    Each part goes back to its own mode, since a project may freeze some.
+    """
     modes = {part: part.training for part in module.modules()}
+    counted = {codec: codec.traffic for codec in codecs_in(module)}
+    for codec in counted:
+        codec.traffic = Traffic()
     module.eval()
     try:
         with torch.no_grad():
@@ -117,6 +124,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes.items():
             part.training = training
+        for codec, traffic in counted.items():
+            codec.traffic = traffic
 
 
 def probe(module: "pl.LightningModule", batch: Any) -> Any:

@@ -283,14 +283,19 @@ class FederatedTextDataModule(L.LightningDataModule):
             self._probe_batches[size] = self._public_batches(rows, size, "the probes")
         return self._probe_batches[size]
 
-    def text_batches(self, file: str) -> list[Batch]:
+    def text_batches(self, file: str, what: str = "text") -> list[Batch]:
         """Return the batches of a file of texts without labels, such as ``probe_file``, in the form of `probe_batches`.
+
+        Args:
+            file: its path.
+            what: it is for; ``<what>_file`` is the setting's name in errors.
 
         Raises:
             FileNotFoundError: the file is missing.
             ValueError: it is not what it must be.
         """
-        return self._public_batches(Probes(file, 0, self._columns).of(None, None), self.eval_batch_size, file)
+        rows = Probes(file, 0, self._columns, what).of(None, None)
+        return self._public_batches(rows, self.eval_batch_size, f"{what}_file {file}")
 
     def _public_batches(self, rows: Rows, size: int, origin: str) -> list[Batch]:
         tokens = self._tokenize(self._without_labels(rows), origin)

@@ -25,17 +25,18 @@ class Probes:
             texts.
         num_probes: how many texts, >= 0; 0: all of the file, or none.
         columns: of the task.
+        what: the texts are; ``<what>_file`` is the setting's name in errors.
 
     Raises:
         ValueError: ``num_probes`` is negative.
     """
 
-    def __init__(self, file: str | None, num_probes: int, columns: Columns) -> None:
+    def __init__(self, file: str | None, num_probes: int, columns: Columns, what: str = "probe") -> None:
         if num_probes < 0:
             raise ValueError(f"expected num_probes >= 0, got {num_probes}: raise num_probes")
         self.file = file
         self.num_probes = num_probes
-        self._columns = columns
+        self._columns, self._what = columns, what
         self._read: Rows | None = None
 
     def of(self, loaded: "Loaded | None", own_client: str | None) -> Rows:
@@ -67,13 +68,13 @@ class Probes:
         return loaded.probes
 
     def _load(self, file: str) -> Rows:
-        table = load_rows("probe", file, replace(self._columns, label=None, client=None), private=False)
+        table = load_rows(self._what, file, replace(self._columns, label=None, client=None), private=False)
         if len(table) < self.num_probes:
             raise ValueError(
                 f"expected at least num_probes={self.num_probes} rows in probe_file {file}, got {len(table)}: lower "
                 "data.num_probes, leave it at 0 to use all rows, or add texts"
             )
-        rows = Rows.of(table, "probe", None, given=False)
+        rows = Rows.of(table, self._what, None, given=False)
         return rows.take(np.arange(self.num_probes)) if self.num_probes else rows
 
 

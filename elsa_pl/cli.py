@@ -32,6 +32,7 @@ from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.errors import ConfigurationError, ElsaError, RunFailed
 from elsa_pl.export import check_writable, export_adapter, new_folder, summarise, write_summary
 from elsa_pl.functional.profiles import ProfileSettings
+from elsa_pl.hooks import hooks
 from elsa_pl.identity import check_identity
 from elsa_pl.parsing import (
     COMMANDS,
@@ -243,6 +244,9 @@ class ElsaCLI(LightningCLI):
         model.check_links(self.trainer)
         if self.subcommand == "fit":
             strategy.check_probes(self.trainer, model, data)
+        if self.subcommand in ("fit", "validate") and strategy.holds_data:
+            for check in hooks(self.trainer, "check_public_texts"):
+                check(data)
         if not site:
             strategy.check(self.trainer, model, data)
         if strategy.holds_data:

@@ -31,6 +31,7 @@ from tests.runs import (
     arguments,
     assert_close,
     assert_equal,
+    find_run,
     fork_all,
     make_module,
     run_forked,
@@ -257,6 +258,85 @@ def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
     assert tables["turned"]["link", "nearest"] < 0.5 * tables["turned"]["edge", "nearest"]
     blind = tables["sealed"]["link", "blind"]
     assert tables["sealed"]["link"].max() < blind + 0.1 < 0.5 * tables["sealed"]["edge"].max()
+    labels = table[table["reader"] == "labels"].set_index("what")
+    assert set(labels.index) == {"uplink", "middle", "gradients", "shuffled"}
+    assert labels["floor"].nunique() == 1
+    assert 0.25 <= labels["floor"].iloc[0] < 0.6, "of four labels, in twelve texts"
+    assert 0.2 < labels.loc["shuffled", "share"] < 0.7
+
+
+@pytest.mark.parametrize("audited", [False, True])
+def test_a_run_is_audited_again_without_training(base: Settings, tmp_path: Path, audited: bool) -> None:
+    """By validate, with link tensors that the checkpoint has; of the same adapters, the same figures."""
+    audit = {"class_path": "PrivacyAudit", "init_args": {"num_texts": 12, "num_known": 4, "pictures": False}}
+    callbacks = (LEARNED, INT4, *([audit] if audited else []))
+    run = run_here(tmp_path, "run", {**with_links(base, *callbacks), "data.num_probes": 40})
+    again = ["validate", "--run", str(run.folder), "--name", "again", "--output_dir", str(tmp_path)]
+    again += ["--ckpt_path", str(run.checkpoint(1))]
+    if not audited:
+        again += ["--trainer.callbacks+=PrivacyAudit", "--trainer.callbacks.num_texts=12"]
+        again += ["--trainer.callbacks.num_known=4", "--trainer.callbacks.pictures=false"]
+    assert cli.main(again) == 0
+    table = pd.read_csv(find_run(tmp_path, "again").folder / "privacy.csv")
+    assert set(table["round"]) == {1}, "those of the checkpoint"
+    assert table["share"].between(0, 1).all()
+    assert not table.duplicated(["reader", "what"]).any()
+    if audited:
+        first = pd.read_csv(run.folder / "privacy.csv").query("round == 1").reset_index(drop=True)
+        columns = ["round", "reader", "what", "share", "floor", "cap", "accuracy"]
+        pd.testing.assert_frame_equal(table[columns], first[columns])
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "cols.csv",
+            "text,label\na b c,x\nd e f,y\n",
+            "PrivacyAudit.public_file .*, which everybody sees, got also label",
+        ),
+        (
+            "other.csv",
+            "words\na b c\n",
+            "expected a column 'text' in PrivacyAudit.public_file .*got words: set text_col",
+        ),
+        ("empty.csv", "text\n", "expected rows, got none in PrivacyAudit.public_file .*: give a file with data"),
+        ("zero.csv", "", "PrivacyAudit.public_file: expected a header and rows, got the empty file .*: give a file"),
+        ("x.txt", "hello", "expected PrivacyAudit.public_file to end in one of .*: convert or rename it"),
+        ("missing.csv", None, "expected PrivacyAudit.public_file to exist, got .*missing.csv"),
+        ("one.csv", "text\nhello\n", "expected at least 2 texts in PrivacyAudit.public_file .*; got 1: add texts"),
+    ],
+)
+def test_public_texts_are_read_before_the_start(
+    base: Settings,
+    audit_run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+    name: str,
+    content: str | None,
+    message: str,
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    words = arguments(tmp_path, "run", base)
+    if command == "validate":
+        words = ["validate", "--run", str(audit_run.folder), "--name", "run", "--output_dir", str(tmp_path)]
+    words += ["--trainer.callbacks+=PrivacyAudit", f"--trainer.callbacks.public_file={path}"]
+    assert cli.main(words) != 0
+    shown = " ".join(capsys.readouterr().err.split())
+    assert re.search(message, shown), shown
+    assert "Traceback" not in shown
+    assert not (tmp_path / "run").exists(), "nothing was trained"
+
+
+@pytest.fixture(scope="module")
+def audit_run(base: Settings, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run without links or probes, to be audited later."""
+    settings = {**base, "trainer.max_epochs": 1, "data.num_probes": 0}
+    return run_here(tmp_path_factory.mktemp("runs"), "plain", settings)
 
 
 # ---- a codec alone ---------------------------------------------------------------------------------------------------

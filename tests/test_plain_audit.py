@@ -382,3 +382,61 @@ def test_stages_say_which_submodule_is_missing(tmp_path: Path, places: dict[str,
     turning = SSOP(8, "tail" if "decode_at" in places else "edge", probes=batches(160, 1), **places)  # type: ignore[arg-type]
     with pytest.raises(ConfigurationError, match="SSOP: expected a submodule of Classifier; got 'no'"):
         fit(tmp_path, turning)
+
+
+def counted(folder: Path, phase: str = "training") -> dict[tuple[str, str], int]:
+    """Messages, by place and direction."""
+    table = pd.read_csv(folder / "traffic.csv").query("phase == @phase")
+    return {(name, way): int(count) for name, way, count in table[["client", "direction", "messages"]].to_numpy()}
+
+
+def test_calibration_is_no_traffic(tmp_path: Path) -> None:
+    """The second place is calibrated by passes through the first; four batches are four messages at each."""
+    places = [AT, "bert.encoder.layer.1"]
+    stages = [LinkQuantization(8, at=place, probes=batches(160, 1)) for place in places]
+    fit(tmp_path, *stages, CommunicationMonitor(), validate=False)
+    assert counted(tmp_path) == {(place, way): 4 for place in places for way in ("forward", "backward")}
+
+
+@pytest.mark.parametrize("monitored", [True, False])
+def test_passes_between_two_fits_belong_to_neither(tmp_path: Path, monitored: bool) -> None:
+    """Those of a test, whether or not a monitor was there."""
+
+    class Tested(Classifier):
+        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self(batch[0], batch[1])
+
+    kept = Tested()
+    stage = LinkQuantization(8, at=AT, probes=batches(160, 1))
+    monitor = [CommunicationMonitor()] if monitored else []
+    _, trainer = fit(tmp_path, stage, *monitor, make=lambda: kept)
+    known = texts(64, 3)
+    data = DataLoader(TensorDataset(known["input_ids"], known["attention_mask"], torch.zeros(64)), batch_size=16)
+    trainer.test(kept, data, verbose=False)
+    fit(tmp_path / "again", stage, CommunicationMonitor(), make=lambda: kept, validate=False)
+    assert counted(tmp_path / "again") == {(AT, "forward"): 4, (AT, "backward"): 4}
+
+
+def test_small_batches_give_as_many_texts(tmp_path: Path) -> None:
+    """Of 48 texts in batches of two, 24 are asked for."""
+    whole = texts(48, 2)
+    pairs = [{name: value[start : start + 2] for name, value in whole.items()} for start in range(0, 48, 2)]
+    found: list[Exposure] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+            found.append(expose_module(trainer, pl_module, AT, batches(16, 1), pairs, 24, ()))
+            found.append(expose_module(trainer, pl_module, AT, batches(16, 1), pairs, 5, ()))
+
+    fit(tmp_path, Look())
+    assert [sum(len(states) for states, _ in exposure.plain) for exposure in found] == [24, 5]
+
+
+def test_another_validation_changes_no_rows(tmp_path: Path) -> None:
+    """Of a project that validates by itself, after or between fits."""
+    _, trainer = fit(tmp_path, audit(pictures=False), max_epochs=2)
+    before = (tmp_path / "privacy.csv").read_text()
+    known = texts(32, 3)
+    data = TensorDataset(known["input_ids"], known["attention_mask"], torch.zeros(32))
+    trainer.validate(trainer.lightning_module, DataLoader(data, batch_size=16), verbose=False)
+    assert (tmp_path / "privacy.csv").read_text() == before

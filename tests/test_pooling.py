@@ -143,7 +143,7 @@ def test_an_audit_guesses_every_token_of_a_pooled_text(base: Settings, tmp_path:
         run = run_here(tmp_path, str(pooling), {**more, "model.token_pooling.uplink": pooling})
         table = pd.read_csv(run.folder / "privacy.csv").query("reader == 'edge'").set_index("what")["share"]
         assert {"blind", "nearest", "inverter", "inverter, hidden layer", "procrustes", "refined"} <= set(table.index)
-        assert ("search" in table.index) == (pooling is not None)
+        assert ({"search", "whole text", "nearest texts"} <= set(table.index)) == (pooling is not None)
         best[pooling] = table.max()
         blind = table["blind"]
     assert best[None] > 0.9, "all words are public"

@@ -17,12 +17,14 @@ They differ in what a secret rotation of the states leaves them to compare:
 The last three are in `elsa_pl.functional.rotation_attacks`, and `elsa_pl.functional.inverter` has a trained one, which
 takes any of these features in place of the states. `elsa_pl.functional.recovery` scores them all.
 
-Rows are tokens, padding left out. Special tokens stay among them, as they are what an attacker recognises first; the
-scores leave them out.
+Rows are tokens, padding left out. Special tokens are never scored, so no attacker should answer with one. Those that
+look states up are given public states without them; those that line texts up keep them, as they are what an attacker
+recognises first, and leave them out of the answers (`special`).
 
 Shapes: N seen tokens, M public tokens, K width of what is seen, r rank of the rotated subspace.
 """
 
+from collections.abc import Collection
 from typing import Final
 
 import torch
@@ -121,7 +123,14 @@ def complement_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, subsp
     return nearest_neighbours(outside(seen, subspace), outside(public, subspace), public_tokens)
 
 
-def alignment_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, subspace: Tensor | None = None) -> Tensor:
+def alignment_attack(
+    seen: Tensor,
+    public: Tensor,
+    public_tokens: Tensor,
+    subspace: Tensor | None = None,
+    *,
+    special: Collection[int] = (),
+) -> Tensor:
     r"""Lay the principal directions of what is seen on those of public states, then take the nearest neighbour.
 
     With :math:`E_s, E_p` the eigenvectors of the two covariances by falling variance, and the sign of each direction
@@ -136,6 +145,7 @@ def alignment_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, subspa
         public: plain states of public texts, two or more. [M, K]
         public_tokens: their token ids. [M]
         subspace: V, where only that is rotated: the rest is compared as it is. None aligns all directions. [K, r]
+        special: ids that are never the answer.
 
     Returns:
         Guessed token ids. [N]
@@ -154,15 +164,36 @@ def alignment_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, subspa
         raise ValueError(
             f"expected two or more states on both sides; got {len(seen)} seen and {len(public)} public: give more texts"
         )
+    answers = answering(public_tokens, special)
     if subspace is None:
-        return nearest_neighbours(*_aligned(seen, public), public_tokens)
+        turned, target = _aligned(seen, public)
+        return nearest_neighbours(turned, target[answers], public_tokens[answers])
     _require_subspace(subspace, seen.shape[1])
     turned, target = _aligned(*(states.double() @ subspace.to(states.device).double() for states in (seen, public)))
     return nearest_neighbours(
         torch.cat([turned, outside(seen, subspace).to(turned)], 1),
-        torch.cat([target, outside(public, subspace).to(target)], 1),
-        public_tokens,
+        torch.cat([target, outside(public, subspace).to(target)], 1)[answers],
+        public_tokens[answers],
     )
+
+
+def answering(public_tokens: Tensor, special: Collection[int]) -> Tensor:
+    """Which public tokens may be answers: all but the special ones.
+
+    Raises:
+        ValueError: none are left.
+
+    Example:
+        >>> answering(torch.tensor([101, 7, 102]), [101, 102])
+        tensor([False,  True, False])
+    """
+    answers = ~torch.isin(public_tokens, torch.tensor(sorted(special), dtype=torch.long, device=public_tokens.device))
+    if not answers.any():
+        raise ValueError(
+            f"expected public tokens besides the special ones; got {len(public_tokens)}, all of them special: give"
+            " other texts"
+        )
+    return answers
 
 
 def outside(states: Tensor, subspace: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def matched_share(groups: Tensor, labels: Tensor) -> float:
     .. math:: \max_\pi \frac1B \sum_b [\pi(g_b) = y_b] \quad \text{over one-to-one } \pi
 
     To be read next to `elsa_pl.functional.recovery.majority_floor` of the labels. For few examples and many classes
-    groups at random score well above 1 / C: compare with those of a shuffled order.
+    groups at random score well above 1 / C: see `shuffled_share`.
 
     Args:
         groups: from `label_clusters`. [B]
@@ -157,3 +157,29 @@ def matched_share(groups: Tensor, labels: Tensor) -> float:
     table = table.view(-1, num_labels)
     rows, columns = linear_sum_assignment(table.numpy(), maximize=True)
     return int(table[rows, columns].sum()) / len(labels)
+
+
+def shuffled_share(groups: Tensor, labels: Tensor, *, num_shuffles: int = 20, seed: int = 0) -> float:
+    """What the groups would get of labels in random order: the chance level of `matched_share`, a mean.
+
+    Args:
+        groups: from `label_clusters`. [B]
+        labels: the true ones, as whole numbers. [B]
+        num_shuffles: orders drawn, at least 1.
+        seed: of the orders.
+
+    Returns:
+        From 0 to 1.
+
+    Raises:
+        ValueError: as `matched_share`, or no shuffles.
+
+    Example:
+        >>> shuffled_share(torch.tensor([0, 0, 1, 1]), torch.tensor([5, 5, 5, 5]))
+        0.5
+    """
+    if num_shuffles < 1:
+        raise ValueError(f"expected num_shuffles >= 1; got {num_shuffles}")
+    generator = torch.Generator().manual_seed(seed)
+    orders = [torch.randperm(len(labels), generator=generator).to(labels.device) for _ in range(num_shuffles)]
+    return sum(matched_share(groups, labels[order]) for order in orders) / num_shuffles

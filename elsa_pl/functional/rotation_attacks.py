@@ -26,12 +26,20 @@ Rows are tokens, padding left out: with ``mask`` [B, T], states are ``states[mas
 Shapes: N seen tokens, M public tokens, P known pairs, K width of what is seen.
 """
 
+from collections.abc import Collection
 from typing import Final
 
 import torch
 from torch import Tensor
 
-from elsa_pl.functional.attacks import nearest_neighbours, outside, require_pairwise, require_public, require_rows
+from elsa_pl.functional.attacks import (
+    answering,
+    nearest_neighbours,
+    outside,
+    require_pairwise,
+    require_public,
+    require_rows,
+)
 
 _FIRST_RANK: Final = 16
 """Directions in which `refined_attack` first turns states back; guesses half wrong determine about as many."""
@@ -86,7 +94,13 @@ def signatures(states: Tensor, texts: Tensor) -> Tensor:
 
 
 def signature_attack(
-    seen: Tensor, seen_texts: Tensor, public: Tensor, public_texts: Tensor, public_tokens: Tensor
+    seen: Tensor,
+    seen_texts: Tensor,
+    public: Tensor,
+    public_texts: Tensor,
+    public_tokens: Tensor,
+    *,
+    special: Collection[int] = (),
 ) -> Tensor:
     """Compare lengths and inner products, which a rotation keeps, each in units of its spread in public text.
 
@@ -98,6 +112,7 @@ def signature_attack(
         public: plain states of public texts, of any width. [M, *]
         public_texts: the text of each. [M]
         public_tokens: the token id of each. [M]
+        special: ids that are never the answer.
 
     Returns:
         Guessed token ids. [N]
@@ -115,7 +130,9 @@ def signature_attack(
     found = signatures(seen, seen_texts).to(known)
     spread = known.std(0, correction=0)
     spread = torch.where(spread > 0, spread, 1)
-    return nearest_neighbours(found / spread, known / spread, public_tokens).to(seen.device)
+    require_public(found, known, public_tokens)
+    answers = answering(public_tokens, special)
+    return nearest_neighbours(found / spread, (known / spread)[answers], public_tokens[answers]).to(seen.device)
 
 
 def common_directions(seen: Tensor, public: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +215,9 @@ def procrustes_attack(
     return nearest_neighbours(_coordinates(seen, left), _coordinates(public, right), public_tokens)
 
 
-def refined_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, guesses: Tensor) -> Tensor:
+def refined_attack(
+    seen: Tensor, public: Tensor, public_tokens: Tensor, guesses: Tensor, *, special: Collection[int] = ()
+) -> Tensor:
     """Take another attack's guesses for known pairs, and better guesses from these, in ever more directions.
 
     Each seen state is paired with the mean public state of the token guessed for it. Wrong guesses point everywhere and
@@ -210,6 +229,7 @@ def refined_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, guesses:
         public: plain states of public texts. [M, K]
         public_tokens: their token ids. [M]
         guesses: of another attack, such as `signature_attack`. Those of tokens that are not public do not count. [N]
+        special: ids that are never the answer; on the way to it they are, as pairs that are easily right.
 
     Returns:
         Guessed token ids. [N]
@@ -238,13 +258,16 @@ def refined_attack(seen: Tensor, public: Tensor, public_tokens: Tensor, guesses:
     guesses, width = guesses.to(seen.device), seen.shape[1]
     rank = min(_FIRST_RANK, width)
     while True:
+        answers = answering(public_tokens, special if rank == width else ())
         known = torch.isin(guesses, tokens)
         if not known.any():
             raise ValueError("expected guesses of tokens that occur in public text; got none: guess by another attack")
         target = means[torch.searchsorted(tokens, guesses[known])]
         left, right = common_directions(seen[known], target)
         guesses = nearest_neighbours(
-            _coordinates(seen, left[:, :rank]), _coordinates(public, right[:, :rank]), public_tokens
+            _coordinates(seen, left[:, :rank]),
+            _coordinates(public, right[:, :rank])[answers],
+            public_tokens[answers],
         )
         if rank == width:
             return guesses

@@ -2,6 +2,9 @@
 
 import hashlib
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -77,6 +80,22 @@ class _Unsealer(_Lock):
         return unseal(message, self.key, self.context)
 
 
+_imitated: ContextVar[torch.Generator | None] = ContextVar("imitated", default=None)
+
+
+@contextmanager
+def imitating_noise(generator: torch.Generator) -> Iterator[None]:
+    """Whoever has no secret adds noise of its own, of the same spread, which is public: to learn what states look like.
+
+    Outside of this, a codec without secrets adds none.
+    """
+    token = _imitated.set(generator)
+    try:
+        yield
+    finally:
+        _imitated.reset(token)
+
+
 class NoiseStage(Stage):
     """Gaussian noise, in units of the spread of public texts' states; a baseline.
 
@@ -117,9 +136,14 @@ class _Noise(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         if self._seed is None:
-            return states
-        # Not from a torch.Generator: on the CPU it keeps 32 bits of its seed, few enough to try them all.
-        parts = ("noise", "noise, continued")
-        entropy = [derive_seed(*self._seed, current_crossing().number, part) for part in parts]
-        drawn = np.random.default_rng(entropy).standard_normal(states.shape, dtype=np.float32)
-        return states + self._scale * self.spread * torch.from_numpy(drawn).to(states)
+            generator = _imitated.get()
+            if generator is None:
+                return states
+            drawn = torch.randn(states.shape, generator=generator)
+        else:
+            # Not from a torch.Generator: on the CPU it keeps 32 bits of its seed, few enough to try them all.
+            parts = ("noise", "noise, continued")
+            entropy = [derive_seed(*self._seed, current_crossing().number, part) for part in parts]
+            shape = tuple(states.shape)
+            drawn = torch.from_numpy(np.random.default_rng(entropy).standard_normal(shape, dtype=np.float32))
+        return states + self._scale * self.spread * drawn.to(states)

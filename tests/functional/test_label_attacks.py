@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool
+from elsa_pl.functional.label_attacks import label_clusters, matched_share, pool, shuffled_share
 from elsa_pl.functional.recovery import majority_floor
 
 
@@ -113,3 +113,13 @@ def test_bad_input() -> None:
         matched_share(torch.tensor([0, 1]), torch.tensor([0.0, 1.0]))
     with pytest.raises(ValueError, match=r"groups as whole numbers, .*at least one; got torch.int64"):
         matched_share(torch.tensor([], dtype=torch.long), torch.tensor([0]))
+
+
+def test_shuffled_labels_are_matched_by_chance() -> None:
+    """The mean over orders, with groups as good as they can be; a label that most have is matched by most anyway."""
+    labels = torch.tensor([0, 1, 2, 3]).repeat(25)
+    assert matched_share(labels, labels) == 1
+    assert 0.25 < shuffled_share(labels, labels) < 0.4
+    assert shuffled_share(labels, torch.zeros(100, dtype=torch.long)) == 0.25
+    with pytest.raises(ValueError, match="num_shuffles >= 1"):
+        shuffled_share(labels, labels, num_shuffles=0)

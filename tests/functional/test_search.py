@@ -39,3 +39,23 @@ def test_what_is_not_free_stays_and_nothing_gets_worse() -> None:
 def test_shapes_that_do_not_fit(tokens: int, sweeps: int) -> None:
     with pytest.raises(ValueError, match="expected candidates"):
         search_attack(torch.ones(1, 1), encode, torch.ones(1, 2, 3).long(), torch.ones(1, tokens).bool(), sweeps)
+
+
+def test_a_prior_decides_between_texts_that_are_encoded_alike() -> None:
+    """Of two ways to the same sum; and without weight it has no say."""
+    candidates = torch.tensor([[[0, 3, 5], [0, 3, 5]]])
+    log_prior = torch.tensor([[[0.0, -1.0, -9.0], [0.0, -9.0, -1.0]]])
+    free = torch.ones(1, 2, dtype=torch.bool)
+
+    def total(ids: Tensor) -> Tensor:
+        return ids.sum(1, keepdim=True)
+
+    def search(weight: float) -> list[int]:
+        seen = torch.tensor([[8.0]])
+        found = search_attack(seen, total, candidates, free, log_prior=log_prior, prior_weight=weight)
+        return found[0].tolist()
+
+    assert search(0.0) == [5, 3]
+    assert search(0.05) == [3, 5]
+    with pytest.raises(ValueError, match="expected log_prior"):
+        search_attack(torch.ones(1, 1), total, candidates, free, log_prior=log_prior[:, :1])
