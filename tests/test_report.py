@@ -199,6 +199,8 @@ def test_figures_of_a_suite(suite_dir: Path) -> None:
     # 0.85 - 0.3 / r + 0.01 s >= 0.7 from round 2 on; 0.75 - ... never at seed 0 and 1 before round 6
     assert "3 of 3" in page
     assert "By faulty" in page
+    assert "<h2>Runs</h2>" in page
+    assert "<a href" not in page, "these runs are not there"
 
 
 def test_a_metric_that_is_missing_is_left_out(run_dir: Path, tmp_path: Path) -> None:
@@ -213,6 +215,13 @@ def test_a_metric_that_is_missing_is_left_out(run_dir: Path, tmp_path: Path) -> 
 def test_a_folder_that_is_no_run(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"no summary\.json"):
         write_run_report(tmp_path)
+
+
+def test_a_suite_leads_to_the_pages_of_its_runs(run_dir: Path, tmp_path: Path) -> None:
+    folder = write_table(tmp_path / "suite", rows_of("faulty-0", "fedavg", 0, 0.7))
+    (tmp_path / "cells" / "x").mkdir(parents=True)
+    shutil.copy(run_dir / "report.html", tmp_path / "cells" / "x")
+    assert '<a href="../cells/x/report.html">report</a>' in write_suite_report(folder).read_text()
 
 
 def test_a_suite_in_which_all_failed(tmp_path: Path) -> None:

@@ -24,10 +24,12 @@ class Cell:
     Attributes:
         text: what is shown.
         value: what is sorted by: a number, or None for nothing, which comes last; texts are sorted as they are.
+        link: a file beside the page that it leads to.
     """
 
     text: str
     value: float | str | None = None
+    link: str = ""
 
     @property
     def numeric(self) -> bool:

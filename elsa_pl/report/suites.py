@@ -54,6 +54,7 @@ def write_suite_report(folder: Path) -> Path:
         for data_set, part in done[done.case == case].groupby("data_set", sort=False):
             page.sections.append(_compare(folder, suite, str(case), str(data_set), part, order))
     page.sections += _by_number(folder, done, order, cases)
+    page.sections.append(_runs(folder, done))
     page.sections.append(_methods(suite, order))
     page.details.append(("versions", "\n".join(f"{name} {found}" for name, found in suite["versions"].items())))
     page.details.append(
@@ -65,6 +66,19 @@ def write_suite_report(folder: Path) -> Path:
 def _methods(suite: dict[str, Any], order: list[str]) -> Section:
     rows = [[text(name), text(suite["methods"][name])] for name in order]
     return Section("Methods", tables=[Table(["method", "what it is"], rows)])
+
+
+def _runs(folder: Path, done: pd.DataFrame) -> Section:
+    """A row for each run, with its own report."""
+    rows = []
+    for place, part in done.groupby(["case", "data_set", "method", "seed"], sort=False):
+        path = f"{part.run.iloc[0]}/report.html"
+        there = (folder / path).is_file()
+        *names, seed = (text(name) for name in place)
+        rows.append(
+            [*names, seed, number(part.test_accuracy.max(), 1, 100), Cell("report", "report", path if there else "")]
+        )
+    return Section("Runs", tables=[Table(["case", "data set", "method", "seed", "test accuracy [%]", "page"], rows)])
 
 
 def _compare(
