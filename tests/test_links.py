@@ -200,13 +200,7 @@ def test_layouts_are_equal(base: Settings, tmp_path: Path, callbacks: tuple[Sett
     assert_equal(full.adapters(), single.adapters())
     # forwards, padding differs with the share of the evaluation that a host has
     sent, expected = full.summary()["bytes"], single.summary()["bytes"]
-    for link, way in [
-        *WAYS[1::2],
-        ("adapters", "up"),
-        ("adapters", "down"),
-        ("calibration", "up"),
-        ("calibration", "down"),
-    ]:
+    for link, way in [*WAYS[1::2], *itertools.product(("adapters", "calibration"), ("up", "down"))]:
         assert sent[link][way] == expected[link][way] > 0, (link, way)
     if AT_TAIL not in callbacks:  # whose rotation a test batch meets depends on who evaluates it
         assert full.summary()["test_loss"] == pytest.approx(single.summary()["test_loss"], rel=1e-5)
