@@ -83,7 +83,7 @@ def test_what_has_ended_is_not_run_again(tmp_path: Path, capsys: pytest.CaptureF
     """Also in a suite of another name; a cell that failed is tried again, and the others go on without it."""
     broken = {
         "config": str(ROOT / "configs" / "methods" / "fedavg.yaml"),
-        "set": {"model.optimizer.init_args.lr": 1e30},
+        "set": {"model.optimizer": {"class_path": "AdamW", "init_args": {"lr": 1e30}}},
     }
     first = write_suite(
         tmp_path, methods={"broken": {**broken}, "sfl": {"config": str(ROOT / "configs/methods/sfl.yaml")}}

@@ -148,7 +148,8 @@ def main(args: Sequence[str] | None = None) -> int:
     def end(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, end)
+    # Ctrl-C too, which whoever started this in the background may have had ignored
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         code: int = parsed.do(parsed)
     except ElsaError as error:
@@ -158,7 +159,8 @@ def main(args: Sequence[str] | None = None) -> int:
         print("stopped; what has ended is kept, and the same command goes on from there", file=sys.stderr)
         code = 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return code
 
 

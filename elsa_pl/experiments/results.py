@@ -38,7 +38,7 @@ def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
     rounds = rounds[rounds["train_loss"].notna()]
     totals = {
         "bytes": rounds[[name for name in rounds if name.startswith("bytes/")]].sum(axis=1).cumsum(),
-        "seconds": (rounds["seconds/steps"] + rounds["seconds/aggregation"]).cumsum(),
+        "seconds": rounds[[name for name in rounds if name.startswith("seconds/")]].sum(axis=1).cumsum(),
     }
     summary = json.loads((outcome.run / "summary.json").read_text())
     rows = []
