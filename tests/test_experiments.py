@@ -133,7 +133,7 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
         methods={
             "elsa": {
                 "config": str(ROOT / "configs/methods/elsa.yaml"),
-                "without": ["TrustScoring", "LinkQuantization"],
+                "without": ["BehaviorClustering", "LinkQuantization"],
                 "set": {"data.alpha": 0.3},
             }
         },
@@ -146,7 +146,7 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
     assert config["trainer"]["strategy"]["init_args"]["local_steps"] == 2
     assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 2
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
-    assert names == ["BehaviorClustering", "LatencyAwareAssignment", "LinkProjection"]
+    assert names == ["LatencyAwareAssignment", "LinkProjection"]
 
 
 def test_cells_are_known_by_their_settings() -> None:
@@ -183,7 +183,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "without",
         {"methods": {"x": {"config": str(ROOT / "configs/methods/elsa.yaml"), "without": ["Trust"]}}},
-        ["methods.x.without", "'Trust'", "TrustScoring"],
+        ["methods.x.without", "'Trust'", "BehaviorClustering"],
     ),
     ("setting", {"settings": {"model.lora.rnk": 4}}, ["rnk"]),
     ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),

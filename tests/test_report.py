@@ -86,7 +86,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
         "size": "cpu",
         "versions": {"elsa_pl": "0"},
         "methods": methods,
-        "cases": {"faulty-0": "", "faulty-25": "data.faulty_fraction 0.25"},
+        "cases": {"faulty-0": "", "faulty-25": "data.faulty_fraction 0.25", "faulty-0.5": ""},
         "target_accuracy": {"trec": 0.7},
     }
     (folder / "suite.json").write_text(json.dumps(suite))
@@ -222,6 +222,14 @@ def test_a_suite_leads_to_the_pages_of_its_runs(run_dir: Path, tmp_path: Path) -
     (tmp_path / "cells" / "x").mkdir(parents=True)
     shutil.copy(run_dir / "report.html", tmp_path / "cells" / "x")
     assert '<a href="../cells/x/report.html">report</a>' in write_suite_report(folder).read_text()
+
+
+def test_pictures_of_a_case_with_a_dot_in_its_name(tmp_path: Path) -> None:
+    folder = write_table(tmp_path, rows_of("faulty-0.5", "fedavg", 0, 0.7))
+    write_suite_report(folder)
+    names = {path.name for path in (folder / "pictures").glob("faulty-0.5*.svg")}
+    assert len(names) == 3, names
+    assert names == {path.with_suffix(".svg").name for path in (folder / "pictures").glob("faulty-0.5*.png")}
 
 
 def test_a_suite_in_which_all_failed(tmp_path: Path) -> None:

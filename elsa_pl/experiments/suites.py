@@ -4,9 +4,9 @@
     data_sets: {trec: ../experiments/trec.yaml}       name: a configuration of train.py
     methods:
       fedavg: {config: ../methods/fedavg.yaml}        what it changes in that
-      elsa-without-trust:
+      elsa-without-clustering:
         config: ../methods/elsa.yaml
-        without: [TrustScoring]                       callbacks that are taken out
+        without: [BehaviorClustering]                 callbacks that are taken out
         set: {data.batch_size: 4}                     settings, which count last
     cases: {faulty-25: {data.faulty_fraction: 0.25}}  settings, for all methods alike
     seeds: [0, 1, 2]

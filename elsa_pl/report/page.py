@@ -117,8 +117,9 @@ def draw(figure: "Figure", path: Path, alt: str, *, wide: bool = False) -> Pictu
     path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     figure.savefig(content, format="svg", metadata={"Date": None})
-    path.with_suffix(".svg").write_bytes(content.getvalue())
-    figure.savefig(path.with_suffix(".png"))
+    # appended, since a name may have a dot of its own: dirichlet-0.1
+    path.with_name(f"{path.name}.svg").write_bytes(content.getvalue())
+    figure.savefig(path.with_name(f"{path.name}.png"))
     return Picture(_data_url("image/svg+xml", content.getvalue()), alt, wide)
 
 
