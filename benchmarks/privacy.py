@@ -51,6 +51,9 @@ ROWS = {
     "4|1|1, groups of 4": Row((), 4, TokenPooling(4)),
     "4|1|1, first and mean": Row((), 4, TokenPooling(64)),
     "4|1|1, first and mean, learned 4 + int4": Row(learned(4, 4, 16), 4, TokenPooling(64)),
+    "4|1|1, first and mean, learned 32 + int4": Row(learned(32, 4, 4), 4, TokenPooling(64)),
+    "4|1|1, first and mean, learned 64 + int4": Row(learned(64, 4, 6), 4, TokenPooling(64)),
+    "4|1|1, first and mean, learned 128 + int4": Row(learned(128, 4, 3), 4, TokenPooling(64)),
     "3|2|1, first and mean, learned 4 + int4": Row(learned(4, 4, 16), 3, TokenPooling(64)),
     "3|2|1, first, learned 4 + int4": Row(learned(4, 4, 8), 3, TokenPooling("first")),
     "4|1|1, first": Row((), 4, TokenPooling("first")),
@@ -158,7 +161,7 @@ def draw(points: dict[str, tuple[float, float, float]], blinds: Sequence[float])
     scale.set_label("MB, validation included")
     style(bar)
     title(figure, "Up and left is better: accuracy, and what an edge reads of held-out texts (TREC)")
-    short = [name.replace(" and mean", "+mean").replace("learned ", "1/").replace(" + ", ", ") for name in points]
+    short = [name.replace(" and mean", "+mean").replace("learned ", "1/").replace(" + int4", "") for name in points]
     label_points(axes, np.column_stack([read, accuracy]), short, np.full(len(read), 4.0))
     return figure
 
