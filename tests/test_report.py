@@ -1,6 +1,7 @@
 """Reports: one file each, which a browser opens offline, on a phone as well, without a complaint."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from selenium import webdriver
 from selenium.webdriver.common.by import By
 
+from elsa_pl.callbacks import drawing
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments.results import COLUMNS
 from elsa_pl.report import write_run_report, write_suite_report
+from elsa_pl.report.curves import draw_lines, of_one
 from elsa_pl.report.page import Page, Section, Table, number, text
 from tests.runs import run_here, write_data
 
@@ -182,6 +185,8 @@ def test_what_a_run_leaves(run_dir: Path) -> None:
     assert clients.fault.notna().sum() == 1
     assert clients.trust.between(0, 1).all()
     assert (clients.plan == "1|2|1").all()
+    assert ">nan<" not in page, "three clients have no fault"
+    assert "4 clients, dirichlet; 2 edges; BehaviorClustering, TrustScoring" in page, "what was run"
     logged = pd.read_csv(run_dir / "metrics.csv").sum(numeric_only=True)
     links = logged["bytes/uplink/forward"] + logged["bytes/downlink/backward"]
     # the edges' own adapters to the cloud are no client's
@@ -201,6 +206,45 @@ def test_figures_of_a_suite(suite_dir: Path) -> None:
     assert "By faulty" in page
     assert "<h2>Runs</h2>" in page
     assert "<a href" not in page, "these runs are not there"
+
+
+def test_pictures_of_a_suite(suite_dir: Path, tmp_path: Path) -> None:
+    """One file each, whatever dots there are in names; what does not change with a case's number is not drawn."""
+    shutil.copytree(suite_dir, tmp_path / "suite", ignore=shutil.ignore_patterns("pictures"))
+    table = pd.read_csv(tmp_path / "suite" / "results.csv")
+    table["case"] = table.case.str.replace("-25", "-0.5")
+    table.loc[table.case == "faulty-0.5", "seconds"] *= 2
+    table.to_csv(tmp_path / "suite" / "results.csv", index=False)
+    description = json.loads((tmp_path / "suite" / "suite.json").read_text())
+    description |= {"cases": {"faulty-0": "", "faulty-0.5": ""}, "num_runs": 20}
+    (tmp_path / "suite" / "suite.json").write_text(json.dumps(description))
+    page = write_suite_report(tmp_path / "suite").read_text()
+    expected = {f"{case}-trec-{kind}" for case in description["cases"] for kind in ("rounds", "bytes", "simulated")}
+    expected |= {f"faulty-trec-{kind}" for kind in ("test_accuracy", "seconds")}
+    names = [f"{name}.{ending}" for name in expected for ending in ("png", "svg")]
+    assert sorted(os.listdir(tmp_path / "suite" / "pictures")) == sorted(names)
+    assert page.count("<img ") == len(expected)
+    assert "<dt>runs are still to come: means may be over different seeds</dt><dd>7</dd>" in page
+
+
+def test_a_method_has_one_colour(tmp_path: Path) -> None:
+    """Also where one before it has no line, as one that sends nothing has none against bytes."""
+    lines = {name: of_one([1, 2], [3, 4]) for name in ("fedavg", "local", "elsa")}
+    colours = []
+    for shown in (["fedavg", "local", "elsa"], ["elsa"]):
+        figure = draw_lines({name: lines[name] for name in shown}, x="x", y="y", title="", order=list(lines))
+        colours.append(figure.axes[0].lines[-1].get_color())
+    assert colours[0] == colours[1]
+    rows = [
+        *rows_of("faulty-0", "fedavg", 0, 0.7),
+        *({**row, "bytes": 0} for row in rows_of("faulty-0", "elsa", 0, 0.6)),
+    ]
+    write_suite_report(write_table(tmp_path, rows))
+    bytes_sent, rounds = (
+        (tmp_path / "pictures" / f"faulty-0-trec-{kind}.svg").read_text() for kind in ("bytes", "rounds")
+    )
+    assert drawing.PALETTE[1].lower() in rounds
+    assert drawing.PALETTE[1].lower() not in bytes_sent
 
 
 def test_a_metric_that_is_missing_is_left_out(run_dir: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ _KEYS: dict[str, type] = {
 }
 _METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "set": dict}
 _SKIP_KEYS: dict[str, type] = {"method": str, "data_set": str, "case": str}
-_FORMS = {str: "a text", list: "a list", dict: "names with values"}
+_FORMS: dict[type, str] = {str: "a text", list: "a list", dict: "names with values"}
 _NAME = re.compile(r"[\w.+-]+")
 
 Settings = Mapping[str, Any]
