@@ -55,6 +55,14 @@ def test_every_module_of_functions_is_in_the_reference() -> None:
     assert set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)) == modules
 
 
+def test_every_method_and_suite_is_listed() -> None:
+    text = (ROOT / "docs" / "runs.md").read_text()
+    for path in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert f"`{path.name}`" in text, path
+    for path in (ROOT / "configs" / "suites").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in text, path
+
+
 def test_every_page_is_in_the_navigation() -> None:
     settings = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").rglob("*.md"):

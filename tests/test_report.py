@@ -18,7 +18,7 @@ from elsa_pl.experiments.results import COLUMNS
 from elsa_pl.report import write_run_report, write_suite_report
 from elsa_pl.report.curves import draw_lines, of_one
 from elsa_pl.report.page import Page, Section, Table, number, text
-from tests.runs import run_here, write_data
+from tests.runs import ROOT, run_here, write_data
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
 TINY = "<script>window.broken = true</script>"
@@ -206,6 +206,13 @@ def test_figures_of_a_suite(suite_dir: Path) -> None:
     assert "By faulty" in page
     assert "<h2>Runs</h2>" in page
     assert "<a href" not in page, "these runs are not there"
+
+
+def test_what_a_summary_holds_is_documented(run_dir: Path) -> None:
+    text = (ROOT / "docs" / "index.md").read_text()
+    summary = json.loads((run_dir / "summary.json").read_text())
+    for key in [*summary, *summary["bytes"], *summary["seconds"]]:
+        assert f"`{key}`" in text, key
 
 
 def test_pictures_of_a_suite(suite_dir: Path, tmp_path: Path) -> None:
