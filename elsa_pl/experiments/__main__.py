@@ -131,9 +131,15 @@ def report_on(folder: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Make the report of a suite that has run."""
-    check_folder(args.folder)
-    report_on(args.folder)
+    """Make the report of a suite, or of a run, once more."""
+    folder: Path = args.folder.resolve()
+    if (folder / "summary.json").is_file():
+        from elsa_pl.report import write_run_report  # here because it takes matplotlib
+
+        print(f"report: {write_run_report(folder)}", flush=True)
+        return 0
+    check_folder(folder)
+    report_on(folder)
     return 0
 
 
@@ -153,8 +159,8 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         running.add_argument(f"--{kind}", nargs="+", help=f"only these {what}")
     running.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     running.set_defaults(do=run)
-    reporting = commands.add_parser("report", help="make the report of a suite that has run")
-    reporting.add_argument("folder", type=Path, help="such as runs/experiments/accuracy")
+    reporting = commands.add_parser("report", help="make the report of a suite, or of a run, once more")
+    reporting.add_argument("folder", type=Path, help="such as runs/experiments/accuracy, or a run's own")
     reporting.set_defaults(do=report)
     return parser.parse_args(args)
 

@@ -78,7 +78,10 @@ def draw_lines(
 
     if not lines:
         raise ValueError("expected at least one line; got none")
-    figure = drawing.new_figure(_WIDTH_IN, 3.3)
+    num_entries = len(lines) + (target is not None)
+    num_columns = max(1, min(3, int(_WIDTH_IN / (_MARK_IN + drawing.LETTER_IN * max(map(len, lines))))))
+    num_rows = -(-num_entries // num_columns) if num_entries > 1 else 0
+    figure = drawing.new_figure(_WIDTH_IN, 2.8 + drawing.LINE_IN * num_rows)
     axes = figure.add_subplot()
     entries = []
     styles = ("-", "--", ":", "-.")
@@ -101,8 +104,7 @@ def draw_lines(
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawing.style(axes)
     if len(entries) > 1:
-        longest_in = _MARK_IN + drawing.LETTER_IN * max(map(len, lines))
-        drawing.legend(figure, entries, "outside lower left", max(1, min(3, int(_WIDTH_IN / longest_in))))
+        drawing.legend(figure, entries, "outside lower left", num_columns)
     drawing.title(figure, title)
     return figure
 

@@ -35,6 +35,10 @@ def write_run_report(run_dir: Path) -> Path:
     page = Page(
         title=f"{run_dir.parent.name}, {run_dir.name}", subtitle=_subtitle(run_dir, summary), figures=_figures(summary)
     )
+    last = _audited(run_dir)
+    tokens = pd.Series(dtype=float) if last is None else last["share"][last["reader"] != "labels"]
+    if tokens.notna().any():
+        page.figures.append((f"{100 * tokens.max():.1f}%", "of tokens read by the best attacker"))
     for section in (
         _accuracy(run_dir, metrics),
         _clients(run_dir),
@@ -78,7 +82,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         return None if summary.get(name) is None else f"{100 * summary[name]:.1f}%"
 
     seconds = summary["seconds"]
-    perplexity = summary.get("test_perplexity")
+    perplexity, peak = summary.get("test_perplexity"), summary.get("peak_bytes")
     found = [
         (percent("test_accuracy"), "test accuracy"),
         (percent("test_merged_accuracy"), "test accuracy, adapters merged into the uncut model"),
@@ -87,7 +91,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         (f"{summary['bytes']['total'] / 1e6:,.1f} MB", "sent, validation included"),
         (f"{seconds['simulated']:,.0f} s" if "simulated" in seconds else None, "simulated time"),
         (f"{seconds['total']:,.0f} s", "time of the run"),
-        (f"{summary['peak_bytes'] / 1e9:.1f} GB", "peak memory, first process"),
+        (f"{peak / 1e9:.1f} GB" if peak else None, "peak memory, first process"),
     ]
     return [(value, what) for value, what in found if value is not None]
 
@@ -187,12 +191,19 @@ def _traffic(run_dir: Path, summary: dict[str, Any]) -> Section | None:
     return Section("Traffic", pictures=[picture], tables=tables)
 
 
-def _privacy(run_dir: Path) -> Section | None:
+def _audited(run_dir: Path) -> pd.DataFrame | None:
+    """What attackers read in the last round that was audited."""
     path = run_dir / "privacy.csv"
     if not path.is_file():
         return None
     table = pd.read_csv(path)
-    last = table[table["round"] == table["round"].max()]
+    return table[table["round"] == table["round"].max()]
+
+
+def _privacy(run_dir: Path) -> Section | None:
+    last = _audited(run_dir)
+    if last is None:
+        return None
     rows = [
         [text(row["reader"]), text(row["what"]), number(row["share"], 1, 100, "%"), number(row["floor"], 1, 100, "%")]
         for _, row in last.iterrows()
@@ -200,6 +211,7 @@ def _privacy(run_dir: Path) -> Section | None:
     pictures: list[Picture] = []
     if (run_dir / "privacy.png").is_file():
         pictures.append(embed(run_dir / "privacy.png", "accuracy against the tokens that attackers read", wide=True))
-    section = Section("Privacy", "What attackers read of private texts after the last audited round.", pictures)
-    section.tables.append(Table(["reader", "attack", "read", "guessed without seeing"], rows))
+    said = "What attackers read of private texts after the last audited round. The attacker blind sees no states."
+    section = Section("Privacy", said, pictures)
+    section.tables.append(Table(["reader", "attack", "read", "by always saying the commonest"], rows))
     return section

@@ -61,10 +61,10 @@ def write_suite_report(folder: Path) -> Path:
         )
     order = [name for name in suite["methods"] if name in set(cells.method)]
     cases = [name for name in suite["cases"] if name in set(done.case)]
+    page.sections += _by_number(folder, done, order, cases)
     for case in cases:
         for data_set, part in done[done.case == case].groupby("data_set", sort=False):
             page.sections.append(_compare(folder, suite, str(case), str(data_set), part, order))
-    page.sections += _by_number(folder, done, order, cases)
     page.sections.append(_runs(folder, done))
     page.sections.append(_methods(suite, order))
     page.details.append(("versions", "\n".join(f"{name} {found}" for name, found in suite["versions"].items())))
