@@ -81,7 +81,6 @@ def run(args: argparse.Namespace) -> int:
     chosen = [cell for cell in cells if all(not names or cell.place[kind] in names for kind, names in wanted.items())]
     if not chosen:
         raise ConfigurationError(f"{args.suite} has no such runs: it has seeds {list(suite.seeds)}")
-    check(chosen, folder)
     # all that there is of the suite goes into its table, whatever is chosen to run now
     outcomes = {
         cell.digest: Outcome(cell, found)
@@ -89,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         if (found := find_run(output / CELLS_FOLDER, cell)) is not None
     }
     left = {cell.digest for cell in chosen} - set(outcomes)
+    check([cell for cell in chosen if cell.digest in left], folder)
     start, ran, total = time.monotonic(), 0, len({cell.digest for cell in chosen})
     print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
     if len(left) < total:
