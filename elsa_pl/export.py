@@ -68,8 +68,10 @@ def export_adapter(module: "SplitModel", folder: Path) -> None:
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
-    """Write `summary` as JSON."""
-    path.write_text(json.dumps(summary, indent=2) + "\n")
+    """Write `summary` as JSON, whole or not at all: a run that has it has ended well."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(summary, indent=2) + "\n")
+    partial.replace(path)
 
 
 def summarise(

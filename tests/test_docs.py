@@ -1,8 +1,10 @@
 """The documentation says what is there: every callback and every module of functions, in files that parse."""
 
 import importlib
+import importlib.util
 import pkgutil
 import re
+import shlex
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,9 @@ from tests.runs import ROOT
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(!?)\[[^\]]*\]\(([^)\s]+)\)")
+SHELL = re.compile(r"^```\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+COMMAND = re.compile(r"^\s*(?:\w+=\S+ |torchrun .*? )*(?:python )?train\.py (fit .*)$", re.MULTILINE)
+MODULE = re.compile(r"python -m ((?:benchmarks|elsa_pl)[\w.]*)")
 OWN = re.compile(r"\b(?:configs|examples|benchmarks)/[\w/.]*\w\.(?:yaml|py)\b")
 
 
@@ -53,6 +58,14 @@ def test_every_module_of_functions_is_in_the_reference() -> None:
     text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
     modules = {module.name for module in pkgutil.iter_modules(functional.__path__, "elsa_pl.functional.")}
     assert set(re.findall(r"^::: ([\w.]+)$", text, re.MULTILINE)) == modules
+
+
+def test_every_method_and_suite_is_listed() -> None:
+    text = (ROOT / "docs" / "runs.md").read_text()
+    for path in (ROOT / "configs" / "methods").glob("*.yaml"):
+        assert f"`{path.name}`" in text, path
+    for path in (ROOT / "configs" / "suites").glob("*.yaml"):
+        assert f"| `{path.stem}` |" in text, path
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -93,6 +106,34 @@ def test_examples_of_settings_are_accepted(
     for given in yaml.safe_load(text).get("trainer", {}).get("callbacks", []):
         module, _, name = given["class_path"].rpartition(".")
         getattr(importlib.import_module(module or "elsa_pl.callbacks"), name)(**given.get("init_args", {}))
+
+
+def commands() -> list[Any]:
+    """What ``train.py`` is told on the pages, but for earlier runs."""
+    found = []
+    for page in PAGES:
+        for block in SHELL.finditer(page.read_text()):
+            lines = re.sub(r"\s*\\\n\s*", " ", block[1])
+            found += [pytest.param(told, id=f"{page.name}:{told}") for told in COMMAND.findall(lines)]
+    return [parameter for parameter in found if "<" not in str(parameter.values[0])]
+
+
+@pytest.mark.parametrize("told", commands())
+def test_commands_are_accepted(
+    told: str, parser: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    try:
+        parser.parse_args(shlex.split(told, comments=True))
+    except SystemExit:
+        pytest.fail(capsys.readouterr().err)
+
+
+def test_modules_that_commands_name_are_there() -> None:
+    for page in PAGES:
+        for name in MODULE.findall(page.read_text()):
+            assert importlib.util.find_spec(name) is not None, f"{name} on {page.name}"
 
 
 @pytest.mark.parametrize("text", blocks("python"))

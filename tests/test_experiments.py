@@ -13,9 +13,12 @@ import pandas as pd
 import pytest
 import yaml
 
+from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results
-from elsa_pl.experiments.__main__ import main
+from elsa_pl.experiments.__main__ import cells_of, main
+from elsa_pl.experiments.cells import Outcome, error_of
+from elsa_pl.experiments.results import write_results
 from elsa_pl.experiments.suites import put
 from tests.runs import ROOT
 
@@ -119,11 +122,79 @@ def test_ctrl_c_ends_every_process(tmp_path: Path) -> None:
         time.sleep(0.2)
     time.sleep(3)
     process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)  # from who is impatient
     _, said = process.communicate(timeout=40)
     assert process.returncode == 130
     assert "stopped; what has ended is kept" in said
+    assert "Traceback" not in said
     left = subprocess.run(["pgrep", "-f", str(tmp_path / "out")], capture_output=True, text=True, check=False).stdout
     assert not left
+
+
+def write_run(cells: Path, cell: Cell) -> None:
+    """What a run of two rounds leaves that has ended well."""
+    folder = cells / cell.folder / "time"
+    folder.mkdir(parents=True)
+    rounds = [{"epoch": number, "step": number, "train_loss": 1.0, "val_accuracy": 0.5} for number in range(2)]
+    pd.DataFrame([*rounds, {"epoch": 2, "step": 2, "test_accuracy": 0.75}]).to_csv(folder / "metrics.csv", index=False)
+    (folder / "summary.json").write_text(json.dumps({"tested_round": 2, "peak_bytes": 1e9}))
+
+
+def test_the_table_keeps_what_is_not_chosen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Only what is chosen is run; what has ended stays in the table, and the report says what there is not yet."""
+    path = write_suite(tmp_path, seeds=[0, 1])
+    cells = cells_of(load_suite(path), Path("data").resolve())
+    for cell in cells[:3]:
+        write_run(tmp_path / "out" / "cells", cell)
+    assert run(path, tmp_path / "out", "--methods", "fedavg", "--seeds", "1") == 0
+    assert "1 of them have ended well before" in capsys.readouterr().out
+    table = read_results(tmp_path / "out" / "two")
+    rows = table[table["round"] == 1][["method", "seed"]].to_numpy().tolist()
+    assert rows == [["fedavg", 0], ["fedavg", 1], ["sfl", 0]]
+    assert json.loads((tmp_path / "out" / "two" / "suite.json").read_text())["num_runs"] == 4
+    assert os.listdir(tmp_path / "out" / "two" / "pictures")
+    assert not list(tmp_path.glob("out/two/check.yaml"))
+
+
+def test_settings_are_checked_for_any_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also without the suite's first one: of that there would be no cell to check."""
+    path = write_suite(tmp_path, seeds=[0, 1], settings={"model.lora.rnk": 4})
+    assert run(path, tmp_path / "out", "--seeds", "1") == 1
+    assert "rnk" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """train.py's parser says 130 then, which is no setting that it refuses."""
+    monkeypatch.setattr(cli, "main", lambda args: 130)
+    assert run(write_suite(tmp_path), tmp_path / "out") == 130
+
+
+@pytest.mark.parametrize(
+    ("log", "code", "error", "short"),
+    [
+        ("round 1\nerror: a:\n  b\n", 1, "error: a:\n  b", "error: a:"),
+        ("Traceback\n\nKeyError: 1\n", 1, "exit code 1\nTraceback\nKeyError: 1", "exit code 1: KeyError: 1"),
+        ("round 1\n", -9, "ended by SIGKILL\nround 1", "ended by SIGKILL: round 1"),
+        ("", 3, "exit code 3", "exit code 3"),
+    ],
+)
+def test_error_of_a_cell(log: str, code: int, error: str, short: str) -> None:
+    assert error_of(log, code) == error
+    assert Outcome(Cell("x", {}, {}), error=error).short_error == short
+
+
+def test_names_stay_names(tmp_path: Path) -> None:
+    """In a table, where pandas would read numbers, and nothing at all."""
+    outcomes = [
+        Outcome(Cell("x", {}, {"case": "0.10", "data_set": "20", "method": name, "seed": 0}), error="x")
+        for name in ("NA", "None")
+    ]
+    write_results(tmp_path, {}, outcomes)
+    table = read_results(tmp_path)
+    assert list(table.method) == ["NA", "None"]
+    assert set(table.case) == {"0.10"}
+    assert set(table.data_set) == {"20"}
 
 
 def test_settings_of_a_cell(tmp_path: Path) -> None:
@@ -187,6 +258,18 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("setting", {"settings": {"model.lora.rnk": 4}}, ["rnk"]),
     ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),
+    ("no-list", {"seeds": 3}, ["seeds must be a list", "got 3"]),
+    ("seed", {"seeds": [0, "a"]}, ["seeds must be whole numbers", "'a'"]),
+    ("seed-twice", {"seeds": [0, 0]}, ["seeds must be whole numbers that differ"]),
+    ("no-mapping", {"data_sets": ["a.yaml"]}, ["data_sets must be names with values", "a.yaml"]),
+    ("case", {"cases": {"x": "y"}}, ["cases.x", "'y'"]),
+    ("target-number", {"target_accuracy": 0.8}, ["target_accuracy must be names with values"]),
+    ("target-percent", {"target_accuracy": {"helpdesk": 80}}, ["target_accuracy.helpdesk", "0 to 1", "80"]),
+    ("skip-one", {"skip": {"method": "sfl"}}, ["skip must be a list"]),
+    ("skip-all", {"skip": [{}]}, ["rule of skip is empty"]),
+    ("without-one", {"methods": {"x": {"config": "a", "without": "SSOP"}}}, ["methods.x", "without must be a list"]),
+    ("name", {"cases": {"a/b": {}}}, ["name of letters", "'a/b'"]),
+    ("name-number", {"cases": {0.1: {}}}, ["name of letters", "0.1"]),
 ]
 
 
@@ -211,6 +294,7 @@ def test_bad_suites(
         (["--data_sets", "trec"], ["'trec'", "helpdesk"]),
         (["--seeds", "7"], ["no such runs", "[0]"]),
         (["--size", "huge"], ["'cpu'", "'huge'"]),
+        (["--output", __file__], ["cannot make", "give another --output"]),
     ],
 )
 def test_bad_choices(more: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from signal import SIGHUP, SIGTERM, signal
+from signal import SIG_IGN, SIGHUP, SIGINT, SIGTERM, getsignal, signal
 from typing import Any
 from uuid import uuid4
 
@@ -98,12 +98,18 @@ def cpu_seconds() -> float:
 
 @contextmanager
 def ending_on_signals() -> Iterator[None]:
-    """Let a request to end, or a closed terminal, run what stands in ``finally``, as Ctrl-C does."""
+    """Let a request to end, or a closed terminal, run what stands in ``finally``, as Ctrl-C does, and once only."""
+    # under nohup a terminal may close
+    numbers = [number for number in (SIGINT, SIGTERM, SIGHUP) if number != SIGHUP or getsignal(SIGHUP) is not SIG_IGN]
 
     def leave(number: int, frame: Any) -> None:
+        for seen in numbers:
+            signal(seen, SIG_IGN)  # a second Ctrl-C must not keep the first from ending what runs
+        if number == SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    before = {number: signal(number, leave) for number in (SIGTERM, SIGHUP)}
+    before = {number: signal(number, leave) for number in numbers}
     try:
         yield
     finally:

@@ -12,9 +12,12 @@ from pathlib import Path
 from types import FrameType
 
 from elsa_pl.errors import ConfigurationError, ElsaError
-from elsa_pl.experiments.cells import Cell, Outcome, run_cells
+from elsa_pl.experiments.cells import Cell, Outcome, find_run, run_cells
 from elsa_pl.experiments.results import check_folder, write_results
-from elsa_pl.experiments.suites import CPU_SIZE, Suite, choose, load_suite
+from elsa_pl.experiments.suites import CELLS_FOLDER, CPU_SIZE, Suite, choose, load_suite
+
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""How train.py ends then."""
 
 
 def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
@@ -29,8 +32,8 @@ def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
     return cells
 
 
-def check(suite: Suite, cells: Sequence[Cell], folder: Path) -> None:
-    """Have train.py's own parser read each configuration once, before anything runs.
+def check(cells: Sequence[Cell], folder: Path) -> None:
+    """Have train.py's own parser read the configurations of one seed, before anything runs.
 
     Raises:
         ConfigurationError: with the first that it refuses.
@@ -38,19 +41,23 @@ def check(suite: Suite, cells: Sequence[Cell], folder: Path) -> None:
     from elsa_pl import cli  # here because it takes seconds, and --help needs none of it
 
     path = folder / "check.yaml"
-    for cell in cells:
-        if cell.place["seed"] != suite.seeds[0]:
-            continue
-        cell.write(path)
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-                code: object = cli.main(["fit", "--config", str(path), "--print_config"])
-        except SystemExit as ended:
-            code = ended.code
-        if code:
-            raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
-    path.unlink()
+    try:
+        for cell in cells:
+            if cell.place["seed"] != cells[0].place["seed"]:
+                continue
+            cell.write(path)
+            said = io.StringIO()
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                    code: object = cli.main(["fit", "--config", str(path), "--print_config"])
+            except SystemExit as ended:
+                code = ended.code
+            if code in _INTERRUPTED:
+                raise KeyboardInterrupt
+            if code:
+                raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -65,43 +72,52 @@ def run(args: argparse.Namespace) -> int:
     output: Path = args.output.resolve()
     folder = output / suite.name
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigurationError(f"cannot make {folder}: {error.strerror}: give another --output") from error
     wanted = {"method": args.methods, "data_set": args.data_sets, "case": args.cases, "seed": args.seeds}
-    chosen = [
-        cell
-        for cell in cells_of(suite, args.data_root.resolve())
-        if all(not names or cell.place[kind] in names for kind, names in wanted.items())
-    ]
+    cells = cells_of(suite, args.data_root.resolve())
+    chosen = [cell for cell in cells if all(not names or cell.place[kind] in names for kind, names in wanted.items())]
     if not chosen:
         raise ConfigurationError(f"{args.suite} has no such runs: it has seeds {list(suite.seeds)}")
-    check(suite, chosen, folder)
-    outcomes: dict[str, Outcome] = {}
-    start, ran = time.monotonic(), 0
-    total = len({cell.digest for cell in chosen})
+    # all that there is of the suite goes into its table, whatever is chosen to run now
+    outcomes = {
+        cell.digest: Outcome(cell, found)
+        for cell in cells
+        if (found := find_run(output / CELLS_FOLDER, cell)) is not None
+    }
+    left = {cell.digest for cell in chosen} - set(outcomes)
+    check([cell for cell in chosen if cell.digest in left], folder)
+    start, ran, total = time.monotonic(), 0, len({cell.digest for cell in chosen})
     print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
+    if len(left) < total:
+        print(f"{total - len(left)} of them have ended well before", flush=True)
 
     def done(outcome: Outcome) -> None:
         nonlocal ran
+        if outcome.cell.digest not in left:
+            return
+        left.remove(outcome.cell.digest)
         outcomes[outcome.cell.digest] = outcome
         write()
-        if not outcome.seconds:
-            return
         ran += 1
-        elapsed = time.monotonic() - start
-        left = elapsed / ran * (total - len(outcomes))
-        figure = f"failed: {outcome.error.splitlines()[-1]}" if outcome.run is None else f"{outcome.seconds:.0f} s"
-        print(f"[{len(outcomes)}/{total}] {outcome.cell.name}: {figure}; {_time(left)} left", flush=True)
+        remaining_s = (time.monotonic() - start) / ran * len(left)
+        figure = f"failed: {outcome.short_error}" if outcome.run is None else f"{outcome.seconds:.0f} s"
+        print(f"[{total - len(left)}/{total}] {outcome.cell.name}: {figure}; {_time(remaining_s)} left", flush=True)
 
     def write() -> None:
         found = [
             Outcome(cell, outcome.run, outcome.error)
-            for cell in chosen
+            for cell in cells
             if (outcome := outcomes.get(cell.digest)) is not None
         ]
-        write_results(folder, suite.describe(), found)
+        write_results(folder, {**suite.describe(), "num_runs": len(cells)}, found)
 
-    run_cells(chosen, output / "cells", args.jobs, done)
-    failed = [outcome for outcome in outcomes.values() if outcome.run is None]
+    if outcomes:
+        write()
+    run_cells(chosen, output / CELLS_FOLDER, args.jobs, done)
+    failed = [outcome for outcome in outcomes.values() if outcome.run is None]  # only what is chosen can have
     print(f"{total - len(failed)} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
     report_on(folder)
     return 1 if failed else 0
@@ -115,9 +131,15 @@ def report_on(folder: Path) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Make the report of a suite that has run."""
-    check_folder(args.folder)
-    report_on(args.folder)
+    """Make the report of a suite, or of a run, once more."""
+    folder: Path = args.folder.resolve()
+    if (folder / "summary.json").is_file():
+        from elsa_pl.report import write_run_report  # here because it takes matplotlib
+
+        print(f"report: {write_run_report(folder)}", flush=True)
+        return 0
+    check_folder(folder)
+    report_on(folder)
     return 0
 
 
@@ -130,13 +152,15 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     running.add_argument("--data_root", type=Path, default=Path("data"), help="folder that configurations refer to")
     running.add_argument("--size", default=CPU_SIZE, help="of the suite; default: cpu")
     running.add_argument("--output", type=Path, default=Path("runs/experiments"), help="where suites and runs go")
-    running.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time; default: one per core")
+    running.add_argument(
+        "--jobs", type=_at_least_one, default=os.cpu_count() or 1, help="runs at a time; default: one per core"
+    )
     for kind, what in (("methods", "methods"), ("data_sets", "data sets"), ("cases", "cases")):
         running.add_argument(f"--{kind}", nargs="+", help=f"only these {what}")
     running.add_argument("--seeds", nargs="+", type=int, help="only these seeds")
     running.set_defaults(do=run)
-    reporting = commands.add_parser("report", help="make the report of a suite that has run")
-    reporting.add_argument("folder", type=Path, help="such as runs/experiments/accuracy")
+    reporting = commands.add_parser("report", help="make the report of a suite, or of a run, once more")
+    reporting.add_argument("folder", type=Path, help="such as runs/experiments/accuracy, or a run's own")
     reporting.set_defaults(do=report)
     return parser.parse_args(args)
 
@@ -145,11 +169,18 @@ def main(args: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 1 if runs failed or there is nothing to do, 130 after Ctrl-C."""
     parsed = parse(args)
 
+    # Ctrl-C too, which whoever started this in the background may have had ignored; and a terminal that closes, but for
+    # nohup, which is there for that
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+
     def end(number: int, frame: FrameType | None) -> None:
+        for seen in numbers:
+            signal.signal(seen, signal.SIG_IGN)  # a second Ctrl-C must not keep the first from ending all runs
         raise KeyboardInterrupt
 
-    # Ctrl-C too, which whoever started this in the background may have had ignored
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, end) for number in numbers}
     try:
         code: int = parsed.do(parsed)
     except ElsaError as error:
@@ -162,6 +193,13 @@ def main(args: Sequence[str] | None = None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     return code
+
+
+def _at_least_one(given: str) -> int:
+    number = int(given)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected at least 1; got {number}")
+    return number
 
 
 def _time(seconds: float) -> str:

@@ -66,6 +66,17 @@ class Outcome:
     error: str = ""
     seconds: float = 0.0
 
+    @property
+    def short_error(self) -> str:
+        """The error in a line."""
+        first, *more = self.error.splitlines()
+        return first if not more or first.startswith("error:") else f"{first}: {more[-1]}"
+
+
+def find_run(cells: Path, cell: Cell) -> Path | None:
+    """The folder of a cell's run among all cells, if it has ended well."""
+    return next((path.parent for path in sorted(cells.glob(f"*-{cell.digest}/*/summary.json"))), None)
+
 
 class Runner:
     """Runs cells and ends them on request.
@@ -82,7 +93,7 @@ class Runner:
 
     def find(self, cell: Cell) -> Path | None:
         """The folder of the cell's run, if it has ended well."""
-        return next((path.parent for path in sorted(self._cells.glob(f"*-{cell.digest}/*/summary.json"))), None)
+        return find_run(self._cells, cell)
 
     def run(self, cell: Cell) -> Outcome:
         """Run a cell unless it has ended well before. An error is part of the outcome."""
@@ -123,21 +134,17 @@ class Runner:
         found = self.find(cell)
         if process.returncode == 0 and found is not None:
             return Outcome(cell, found, seconds=seconds)
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        ending = [line for line in lines if line.startswith("error:")] or lines[-_LINES_OF_ERROR:]
-        return Outcome(cell, error="\n".join(ending) or f"exit code {process.returncode}", seconds=seconds)
+        return Outcome(cell, error=error_of(log.read_text(errors="replace"), process.returncode), seconds=seconds)
 
     def stop(self) -> None:
-        """End all cells that run, as Ctrl-C would, and start no more."""
+        """End all cells that run, with what they have started, as Ctrl-C would, and start no more."""
         with self._lock:
             self._stopped = True
-            running = list(self._running)
-        for number, patience_s in ((signal.SIGINT, _PATIENCE_S), (signal.SIGKILL, _PATIENCE_S)):
-            left = [process for process in running if process.poll() is None]
-            for process in left:
-                os.killpg(process.pid, number)
-            deadline = time.monotonic() + patience_s
-            while any(process.poll() is None for process in left) and time.monotonic() < deadline:
+            left = list(self._running)
+        for number in (signal.SIGINT, signal.SIGKILL):
+            left = [process for process in left if _send(process, number)]
+            deadline = time.monotonic() + _PATIENCE_S
+            while any(_send(process, 0) for process in left) and time.monotonic() < deadline:
                 time.sleep(0.05)
 
 
@@ -155,8 +162,11 @@ def run_cells(cells: Sequence[Cell], folder: Path, jobs: int, done: Callable[[Ou
         if (found := runner.find(cell)) is not None:
             done(Outcome(cell, found))
     with ThreadPoolExecutor(jobs, "elsa-cell") as pool:
-        futures = [pool.submit(runner.run, cell) for cell in waiting if runner.find(cell) is None]
+        futures = []
         try:
+            for cell in waiting:
+                if runner.find(cell) is None:
+                    futures.append(pool.submit(runner.run, cell))
             for future in as_completed(futures):
                 done(future.result())
         except BaseException:
@@ -192,3 +202,22 @@ def run_all(cells: Sequence[Cell], folder: Path, jobs: int | None = None) -> dic
 
 def _unique(cells: Iterable[Cell]) -> list[Cell]:
     return list({cell.digest: cell for cell in cells}.values())
+
+
+def error_of(log: str, code: int) -> str:
+    """What a run that failed said of it, or else how it ended and its last lines."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    starts = [place for place, line in enumerate(lines) if line.startswith("error:")]
+    if starts:
+        return "\n".join(lines[starts[0] :][:_LINES_OF_ERROR])
+    how = f"exit code {code}" if code >= 0 else f"ended by {signal.Signals(-code).name}"
+    return "\n".join([how, *lines[-_LINES_OF_ERROR:]])
+
+
+def _send(process: "subprocess.Popen[bytes]", number: int) -> bool:
+    """Send a signal to a cell and what it has started; whether any of them is there. 0 only asks."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):  # the latter on macOS, of those that have just ended
+        return False
+    return True

@@ -1,5 +1,6 @@
 """The table of a suite: a row for each cell and global round, from what the runs left in their folders."""
 
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ COLUMNS = (
 """``bytes``, ``seconds`` and ``simulated_s`` are totals up to the round, training only; ``test_accuracy`` stands in the
 round whose adapters were tested, and ``peak_bytes``, the first process' memory, in the last."""
 
+_TEXTS = ("case", "data_set", "method", "status", "error", "run")
+
 
 def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
     """The rows of a cell.
@@ -32,7 +35,13 @@ def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
     if outcome.run is None:
         return [place]
     place["run"] = Path(*[".."] * 1, *outcome.run.relative_to(folder.parent).parts).as_posix()
-    table = pd.read_csv(outcome.run / "metrics.csv")
+    return [{**place, **figures} for figures in _figures(outcome.run)]
+
+
+@functools.cache
+def _figures(run: Path) -> list[dict[str, Any]]:
+    """What there is in each round of a run that has ended; kept, since the table is written anew after each run."""
+    table = pd.read_csv(run / "metrics.csv")
     rounds = table.drop(columns="step").groupby("epoch").max()
     tested = rounds["test_accuracy"].dropna() if "test_accuracy" in rounds else pd.Series(dtype=float)
     rounds = rounds[rounds["train_loss"].notna()]
@@ -40,13 +49,13 @@ def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
         "bytes": rounds[[name for name in rounds if name.startswith("bytes/")]].sum(axis=1).cumsum(),
         "seconds": rounds[[name for name in rounds if name.startswith("seconds/")]].sum(axis=1).cumsum(),
     }
-    summary = json.loads((outcome.run / "summary.json").read_text())
+    summary = json.loads((run / "summary.json").read_text())
     rows = []
     for number, row in rounds.iterrows():
         found = {name: row.get(name) for name in ("train_loss", "val_loss", "val_accuracy")}
         found |= {name: total[number] for name, total in totals.items()}
         found["simulated_s"] = row.get("simulated/time_s")
-        rows.append({**place, "round": int(str(number)) + 1, **found})
+        rows.append({"round": int(str(number)) + 1, **found})
     best = summary["tested_round"] if len(tested) else None
     for entry in rows:
         if entry["round"] == best:
@@ -103,7 +112,9 @@ def read_results(folder: Path) -> pd.DataFrame:
     check_folder(folder)
     path = folder / "results.csv"
     try:
-        table = pd.read_csv(path)
+        # names stay names: a case may be called 0.10, and a method none
+        numbers = {name: [""] for name in COLUMNS if name not in _TEXTS}
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=numbers)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"expected a suite's table in {path}; got: {error}: run the suite first") from error
     if missing := [name for name in COLUMNS if name not in table]:

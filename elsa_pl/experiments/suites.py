@@ -19,6 +19,7 @@ Files are found from the suite's folder. A case, a method or a data set may be l
 """
 
 import itertools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -33,9 +34,24 @@ from elsa_pl.export import PACKAGES
 
 CPU_SIZE = "cpu"
 
-_KEYS = {"title", "data_sets", "methods", "cases", "seeds", "settings", "target_accuracy", "sizes", "skip"}
-_METHOD_KEYS = {"about", "config", "without", "set"}
-_SKIP_KEYS = {"method", "data_set", "case"}
+CELLS_FOLDER = "cells"
+"""Beside the folders of suites: where their runs lie."""
+
+_KEYS: dict[str, type] = {
+    "title": str,
+    "data_sets": dict,
+    "methods": dict,
+    "cases": dict,
+    "seeds": list,
+    "settings": dict,
+    "target_accuracy": dict,
+    "sizes": dict,
+    "skip": list,
+}
+_METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "set": dict}
+_SKIP_KEYS: dict[str, type] = {"method": str, "data_set": str, "case": str}
+_FORMS: dict[type, str] = {str: "a text", list: "a list", dict: "names with values"}
+_NAME = re.compile(r"[\w.+-]+")
 
 Settings = Mapping[str, Any]
 
@@ -155,23 +171,30 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
     Raises:
         ConfigurationError: no such file, keys that it cannot have, or files that are not there.
     """
-    content = read_yaml(path)
-    _require_keys(str(path), content, _KEYS)
+    if path.stem == CELLS_FOLDER:
+        raise ConfigurationError(f"a suite's file cannot be called {path.name}: its runs lie in a folder of that name")
+    content = _require(str(path), read_yaml(path), _KEYS)
     sizes = content.pop("sizes", {})
     if size != CPU_SIZE and size not in sizes:
         raise ConfigurationError(f"{path} has the sizes {[CPU_SIZE, *sizes]}; got {size!r}: choose one of them")
-    for name, value in sizes.get(size, {}).items():
-        merges = isinstance(value, dict) and name in ("settings", "target_accuracy")
+    for name, value in _require(f"sizes.{size} of {path}", sizes.get(size, {}), _KEYS).items():
+        merges = name in ("settings", "target_accuracy")
         content[name] = {**content.get(name, {}), **value} if merges else value
-    _require_keys(f"sizes of {path}", content, _KEYS)
     for name in ("data_sets", "methods", "seeds"):
         if not content.get(name):
             raise ConfigurationError(f"{path} needs {name}; got {content.get(name)!r}: see another suite's file")
+    cases = content.get("cases") or {"all": {}}
+    for kind in (content["data_sets"], content["methods"], cases):
+        for name in kind:
+            if not isinstance(name, str) or not _NAME.fullmatch(name):
+                raise ConfigurationError(
+                    f"{path}: expected a name of letters, digits and any of -_+.; got {name!r}: call it otherwise"
+                )
     data_sets = {name: _file(path, f"data_sets.{name}", given) for name, given in content["data_sets"].items()}
     methods = {}
-    for name, given in content["methods"].items():
+    for name, value in content["methods"].items():
         where = f"methods.{name}"
-        _require_keys(f"{where} of {path}", given, _METHOD_KEYS)
+        given = _require(f"{where} of {path}", value, _METHOD_KEYS)
         methods[name] = Method(
             config=_file(path, f"{where}.config", given.get("config")),
             about=given.get("about", ""),
@@ -184,21 +207,28 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
         size=size,
         data_sets=data_sets,
         methods=methods,
-        cases={name: given or {} for name, given in (content.get("cases") or {"all": {}}).items()},
+        cases={name: _require(f"cases.{name} of {path}", given or {}) for name, given in cases.items()},
         seeds=content["seeds"],
         settings=content.get("settings", {}),
         target_accuracy=content.get("target_accuracy", {}),
-        skip=content.get("skip", []),
+        skip=[_require(f"skip of {path}", rule, _SKIP_KEYS) for rule in content.get("skip", [])],
     )
-    for kind, known, given in (
+    if not all(isinstance(seed, int) for seed in suite.seeds) or len(set(suite.seeds)) < len(suite.seeds):
+        raise ConfigurationError(f"{path}: seeds must be whole numbers that differ; got {suite.seeds}: correct them")
+    for name, target in suite.target_accuracy.items():
+        if not isinstance(target, int | float) or not 0 <= target <= 1:
+            raise ConfigurationError(
+                f"{path}: target_accuracy.{name} must be a number from 0 to 1; got {target!r}: 80% is 0.8"
+            )
+    if not all(suite.skip):
+        raise ConfigurationError(f"{path}: a rule of skip is empty, which would skip all: name a method or a case")
+    for kind, known, names in (
         ("method", suite.methods, [rule["method"] for rule in suite.skip if "method" in rule]),
         ("data_set", suite.data_sets, [rule["data_set"] for rule in suite.skip if "data_set" in rule]),
         ("case", suite.cases, [rule["case"] for rule in suite.skip if "case" in rule]),
         ("data_set", suite.data_sets, list(suite.target_accuracy)),
     ):
-        choose(str(path), kind, given, known)
-    for rule in suite.skip:
-        _require_keys(f"skip of {path}", rule, _SKIP_KEYS)
+        choose(str(path), kind, names, known)
     return suite
 
 
@@ -258,8 +288,18 @@ def _file(suite: Path, where: str, given: object) -> Path:
     return path
 
 
-def _require_keys(where: str, given: object, known: set[str]) -> None:
+def _require(where: str, given: object, known: Mapping[str, type] | None = None) -> dict[str, Any]:
+    """What is given, without keys that have no value; any keys where none are named."""
     if not isinstance(given, dict):
-        raise ConfigurationError(f"expected settings in {where}; got {given!r}")
-    if unknown := sorted(set(given) - known):
+        raise ConfigurationError(f"expected names with values in {where}; got {given!r}: see another suite's file")
+    found = {name: value for name, value in given.items() if value is not None or known is None}
+    if known is None:
+        return found
+    if unknown := sorted(set(given) - set(known), key=str):
         raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    for name, value in found.items():
+        if not isinstance(value, known[name]):
+            raise ConfigurationError(
+                f"{where}: {name} must be {_FORMS[known[name]]}; got {value!r}: see another suite's file"
+            )
+    return found

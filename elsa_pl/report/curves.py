@@ -13,6 +13,18 @@ if TYPE_CHECKING:
 
 Array = npt.NDArray[np.float64]
 
+AXES = {
+    "rounds": ("global round", "rounds"),
+    "bytes": ("sent in training [MB]", "bytes sent"),
+    "simulated": ("simulated time [s]", "simulated time"),
+}
+"""What accuracy is drawn against: the axis' label, and what a title calls it."""
+
+_WIDTH_IN = 4.4
+"""Letters are to be read on a phone, which makes a picture as narrow as it is itself."""
+_MARK_IN = 0.5
+"""A line in the legend, with the room around it."""
+
 
 class Line(NamedTuple):
     """One line of a chart, with a band around it where there are several seeds; all of one length."""
@@ -40,7 +52,15 @@ def of_several(x: Array, y: Array) -> Line:
     return Line(x.mean(0), y.mean(0), y.min(0), y.max(0))
 
 
-def draw_lines(lines: Mapping[str, Line], *, x: str, y: str, title: str, target: float | None = None) -> "Figure":
+def draw_lines(
+    lines: Mapping[str, Line],
+    *,
+    x: str,
+    y: str,
+    title: str,
+    target: float | None = None,
+    order: Sequence[str] | None = None,
+) -> "Figure":
     """Draw lines of one colour each.
 
     Args:
@@ -49,6 +69,7 @@ def draw_lines(lines: Mapping[str, Line], *, x: str, y: str, title: str, target:
         y: what the heights are.
         title: a sentence above.
         target: a height to be reached.
+        order: all names that any of the charts shows which are read together: a name has one colour in all of them.
 
     Raises:
         ValueError: no lines.
@@ -57,12 +78,17 @@ def draw_lines(lines: Mapping[str, Line], *, x: str, y: str, title: str, target:
 
     if not lines:
         raise ValueError("expected at least one line; got none")
-    figure = drawing.new_figure(5.2, 3.6)
+    num_entries = len(lines) + (target is not None)
+    num_columns = max(1, min(3, int(_WIDTH_IN / (_MARK_IN + drawing.LETTER_IN * max(map(len, lines))))))
+    num_rows = -(-num_entries // num_columns) if num_entries > 1 else 0
+    figure = drawing.new_figure(_WIDTH_IN, 2.8 + drawing.LINE_IN * num_rows)
     axes = figure.add_subplot()
     entries = []
     styles = ("-", "--", ":", "-.")
     palette = drawing.PALETTE[:-1]
-    for place, (name, line) in enumerate(lines.items()):
+    names = list(order or lines)
+    for name, line in lines.items():
+        place = names.index(name)
         colour, style = palette[place % len(palette)], styles[place // len(palette) % len(styles)]
         marker = "o" if len(line.x) <= 20 else ""
         axes.plot(line.x, line.y, color=colour, linestyle=style, linewidth=1.5, marker=marker, markersize=3)
@@ -78,7 +104,7 @@ def draw_lines(lines: Mapping[str, Line], *, x: str, y: str, title: str, target:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     drawing.style(axes)
     if len(entries) > 1:
-        drawing.legend(figure, entries, "outside lower left", 3)
+        drawing.legend(figure, entries, "outside lower left", num_columns)
     drawing.title(figure, title)
     return figure
 
@@ -96,7 +122,7 @@ def draw_bars(rows: Mapping[str, Mapping[str, float]], *, x: str, title: str) ->
     """
     if not rows:
         raise ValueError("expected at least one bar; got none")
-    figure = drawing.new_figure(5.2, max(1.8, 0.9 + 0.35 * len(rows)))
+    figure = drawing.new_figure(_WIDTH_IN, max(1.8, 0.9 + 0.35 * len(rows)))
     axes = figure.add_subplot()
     parts = list(next(iter(rows.values())))
     left = np.zeros(len(rows))

@@ -60,11 +60,13 @@ class Picture:
         source: a data URL.
         alt: what it shows, for who does not see it.
         wide: it takes the whole width.
+        dense: on a phone it moves in its frame, since its letters would be too small to read.
     """
 
     source: str
     alt: str
     wide: bool = False
+    dense: bool = False
 
 
 @dataclass
@@ -110,7 +112,7 @@ def draw(figure: "Figure", path: Path, alt: str, *, wide: bool = False) -> Pictu
 
     Args:
         figure: drawn already.
-        path: without the ending.
+        path: without the ending; a name such as ``dirichlet-0.1`` has none either.
         alt: what it shows.
         wide: it takes the whole width of the page.
     """
@@ -125,7 +127,7 @@ def draw(figure: "Figure", path: Path, alt: str, *, wide: bool = False) -> Pictu
 
 def embed(path: Path, alt: str, *, wide: bool = False) -> Picture:
     """A PNG file for a page."""
-    return Picture(_data_url("image/png", path.read_bytes()), alt, wide)
+    return Picture(_data_url("image/png", path.read_bytes()), alt, wide, dense=True)
 
 
 def number(value: Any, digits: int = 1, scale: float = 1.0, unit: str = "") -> Cell:
@@ -136,7 +138,9 @@ def number(value: Any, digits: int = 1, scale: float = 1.0, unit: str = "") -> C
 
 
 def text(value: object) -> Cell:
-    """A cell of a text."""
+    """A cell of a text, or an empty one where there is none."""
+    if value is None or value != value:
+        return Cell("", "")
     return Cell(str(value), str(value))
 
 

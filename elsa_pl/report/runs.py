@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.report.curves import draw_bars, draw_lines, of_one
+from elsa_pl.report.curves import AXES, draw_bars, draw_lines, of_one
 from elsa_pl.report.page import Cell, Page, Picture, Section, Table, draw, embed, number, text
 
 _CLIENTS = {
@@ -31,7 +32,13 @@ def write_run_report(run_dir: Path) -> Path:
         raise ConfigurationError(f"expected a run that has ended in {run_dir}; got no summary.json: name its folder")
     summary = json.loads(path.read_text())
     metrics = _metrics(run_dir / "metrics.csv")
-    page = Page(title=f"{run_dir.parent.name}, {run_dir.name}", subtitle=_subtitle(summary), figures=_figures(summary))
+    page = Page(
+        title=f"{run_dir.parent.name}, {run_dir.name}", subtitle=_subtitle(run_dir, summary), figures=_figures(summary)
+    )
+    last = _audited(run_dir)
+    tokens = pd.Series(dtype=float) if last is None else last["share"][last["reader"] != "labels"]
+    if tokens.notna().any():
+        page.figures.append((f"{100 * tokens.max():.1f}%", "of tokens read by the best attacker"))
     for section in (
         _accuracy(run_dir, metrics),
         _clients(run_dir),
@@ -48,8 +55,26 @@ def write_run_report(run_dir: Path) -> Path:
     return page.write(run_dir / "report.html")
 
 
-def _subtitle(summary: dict[str, Any]) -> str:
-    return f"{summary['rounds']} rounds, seed {summary['seed']}; elsa_pl {summary['versions']['elsa_pl']}"
+def _subtitle(run_dir: Path, summary: dict[str, Any]) -> str:
+    """What was run, in a sentence, as far as its settings say."""
+    said = f"{summary['rounds']} rounds, seed {summary['seed']}; elsa_pl {summary['versions']['elsa_pl']}"
+    path = run_dir / "config.yaml"
+    config = yaml.safe_load(path.read_text()) if path.is_file() else {}
+    model, data, trainer = (config.get(part) or {} for part in ("model", "data", "trainer"))
+    strategy = trainer.get("strategy")
+    arguments = (strategy.get("init_args") or {}) if isinstance(strategy, dict) else {}
+    parts = [
+        model.get("model") or (model.get("model_config") or {}).get("model_type"),
+        data.get("dataset") or data.get("train_file"),
+        f"{data['num_clients']} clients, {data.get('partition')}" if data.get("num_clients") else None,
+        f"{arguments['num_edges']} edges" if arguments.get("num_edges") else None,
+        ", ".join(
+            callback["class_path"].rpartition(".")[2]
+            for callback in trainer.get("callbacks") or []
+            if isinstance(callback, dict) and "class_path" in callback
+        ),
+    ]
+    return "; ".join([said, *(str(part) for part in parts if part)])
 
 
 def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
@@ -57,16 +82,16 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         return None if summary.get(name) is None else f"{100 * summary[name]:.1f}%"
 
     seconds = summary["seconds"]
-    perplexity = summary.get("test_perplexity")
+    perplexity, peak = summary.get("test_perplexity"), summary.get("peak_bytes")
     found = [
         (percent("test_accuracy"), "test accuracy"),
-        (percent("test_merged_accuracy"), "adapters merged into the model"),
+        (percent("test_merged_accuracy"), "test accuracy, adapters merged into the uncut model"),
         (None if perplexity is None else f"{perplexity:.1f}", "test perplexity"),
         (None if summary.get("tested_round") is None else str(summary["tested_round"]), "round that was tested"),
         (f"{summary['bytes']['total'] / 1e6:,.1f} MB", "sent, validation included"),
         (f"{seconds['simulated']:,.0f} s" if "simulated" in seconds else None, "simulated time"),
         (f"{seconds['total']:,.0f} s", "time of the run"),
-        (f"{summary['peak_bytes'] / 1e9:.1f} GB", "peak memory, first process"),
+        (f"{peak / 1e9:.1f} GB" if peak else None, "peak memory, first process"),
     ]
     return [(value, what) for value, what in found if value is not None]
 
@@ -89,11 +114,13 @@ def _accuracy(run_dir: Path, metrics: pd.DataFrame) -> Section | None:
     if heights.empty or heights.isna().all():
         heights, what = metrics["train_loss"], "training loss"
     sent = metrics[[name for name in metrics if name.startswith("bytes/")]].sum(axis=1).cumsum() / 1e6
-    axes = [("rounds", rounds, "global round"), ("bytes", sent, "sent in training [MB]")]
+    axes = [("rounds", rounds), ("bytes", sent)]
     if "simulated/time_s" in metrics:
-        axes.append(("simulated", metrics["simulated/time_s"], "simulated time [s]"))
-    for name, places, label in axes:
-        figure = draw_lines({"run": of_one(places, heights)}, x=label, y=what, title=_title(what, label))
+        axes.append(("simulated", metrics["simulated/time_s"]))
+    for name, places in axes:
+        label, against = AXES[name]
+        title = f"{what.removesuffix(' [%]').capitalize()} against {against}"
+        figure = draw_lines({"run": of_one(places, heights)}, x=label, y=what, title=title)
         section.pictures.append(draw(figure, run_dir / "pictures" / f"accuracy-{name}", f"{what} against {label}"))
     losses = {
         name: of_one(rounds, metrics[column])
@@ -103,10 +130,6 @@ def _accuracy(run_dir: Path, metrics: pd.DataFrame) -> Section | None:
     figure = draw_lines(losses, x="global round", y="loss", title="Loss")
     section.pictures.append(draw(figure, run_dir / "pictures" / "loss", "loss against rounds"))
     return section
-
-
-def _title(what: str, label: str) -> str:
-    return f"{what} against {label}".replace(" [%]", "").split(" [")[0].capitalize()
 
 
 def _clients(run_dir: Path) -> Section | None:
@@ -168,12 +191,19 @@ def _traffic(run_dir: Path, summary: dict[str, Any]) -> Section | None:
     return Section("Traffic", pictures=[picture], tables=tables)
 
 
-def _privacy(run_dir: Path) -> Section | None:
+def _audited(run_dir: Path) -> pd.DataFrame | None:
+    """What attackers read in the last round that was audited."""
     path = run_dir / "privacy.csv"
     if not path.is_file():
         return None
     table = pd.read_csv(path)
-    last = table[table["round"] == table["round"].max()]
+    return table[table["round"] == table["round"].max()]
+
+
+def _privacy(run_dir: Path) -> Section | None:
+    last = _audited(run_dir)
+    if last is None:
+        return None
     rows = [
         [text(row["reader"]), text(row["what"]), number(row["share"], 1, 100, "%"), number(row["floor"], 1, 100, "%")]
         for _, row in last.iterrows()
@@ -181,6 +211,7 @@ def _privacy(run_dir: Path) -> Section | None:
     pictures: list[Picture] = []
     if (run_dir / "privacy.png").is_file():
         pictures.append(embed(run_dir / "privacy.png", "accuracy against the tokens that attackers read", wide=True))
-    section = Section("Privacy", "What attackers read of private texts after the last audited round.", pictures)
-    section.tables.append(Table(["reader", "attack", "read", "guessed without seeing"], rows))
+    said = "What attackers read of private texts after the last audited round. The attacker blind sees no states."
+    section = Section("Privacy", said, pictures)
+    section.tables.append(Table(["reader", "attack", "read", "by always saying the commonest"], rows))
     return section

@@ -10,11 +10,20 @@ import pandas as pd
 from scipy import stats
 
 from elsa_pl.experiments.results import read_results
-from elsa_pl.report.curves import draw_lines, of_several
+from elsa_pl.report.curves import AXES, draw_lines, of_several
 from elsa_pl.report.page import Cell, Page, Section, Table, draw, number, text
 
 if TYPE_CHECKING:
     from elsa_pl.report.curves import Line
+
+_MEASURES = (
+    ("test_accuracy", "test accuracy [%]", 100.0),
+    ("seconds", "time of training [s]", 1.0),
+    ("simulated_s", "simulated time [s]", 1.0),
+    ("peak_bytes", "memory [GB]", 1e-9),
+)
+_CHANGE = 1.5
+"""A figure besides accuracy is shown where it grows by so much."""
 
 _NUMBERED = re.compile(r"(.*?)-(\d+(?:\.\d+)?)$")
 
@@ -38,6 +47,8 @@ def write_suite_report(folder: Path) -> Path:
         subtitle=f"{len(cells)} runs, seeds {seeds}, size {suite['size']}; elsa_pl {suite['versions']['elsa_pl']}",
         figures=[(str(len(cells) - len(failed)), "runs ended well"), (str(len(failed)), "runs failed")],
     )
+    if missing := suite.get("num_runs", len(cells)) - len(cells):
+        page.figures.append((str(missing), "runs are still to come: means may be over different seeds"))
     if len(failed):
         page.sections.append(
             Section(
@@ -50,10 +61,10 @@ def write_suite_report(folder: Path) -> Path:
         )
     order = [name for name in suite["methods"] if name in set(cells.method)]
     cases = [name for name in suite["cases"] if name in set(done.case)]
+    page.sections += _by_number(folder, done, order, cases)
     for case in cases:
         for data_set, part in done[done.case == case].groupby("data_set", sort=False):
             page.sections.append(_compare(folder, suite, str(case), str(data_set), part, order))
-    page.sections += _by_number(folder, done, order, cases)
     page.sections.append(_runs(folder, done))
     page.sections.append(_methods(suite, order))
     page.details.append(("versions", "\n".join(f"{name} {found}" for name, found in suite["versions"].items())))
@@ -88,9 +99,10 @@ def _compare(
     target = suite["target_accuracy"].get(data_set)
     methods = [name for name in order if name in set(part.method)]
     tested = part.dropna(subset="test_accuracy").pivot_table(index="seed", columns="method", values="test_accuracy")
-    heads = ["method", "test accuracy [%]", "by seed", f"to {methods[0]}", "MB", "simulated s", "GB"]
+    heads = ["method", "test accuracy [%]", "by seed", f"points to {methods[0]}"]
+    heads += ["sent [MB]", "simulated [s]", "memory [GB]"]
     if target is not None:
-        heads += ["reached", "rounds", "MB", "simulated s"]
+        heads += ["target reached", "rounds to it", "sent to it [MB]", "simulated to it [s]"]
     rows = []
     for method in methods:
         own = part[part.method == method]
@@ -108,17 +120,22 @@ def _compare(
     if target is not None:
         section.text += f"{'; ' if section.text else ''}target: {100 * target:.0f}% validation accuracy."
     section.tables.append(Table(heads, rows))
-    axes = (("rounds", "round", 1.0, "global round"), ("bytes", "bytes", 1e-6, "sent in training [MB]"))
-    for name, column, scale, label in (*axes, ("simulated", "simulated_s", 1.0, "simulated time [s]")):
-        lines = {method: line for method in methods if (line := _line(part[part.method == method], column, scale))}
+    for name, column, scale in (("rounds", "round", 1.0), ("bytes", "bytes", 1e-6), ("simulated", "simulated_s", 1.0)):
+        label, against = AXES[name]
+        lines = {
+            method: line
+            for method in methods
+            if (line := _line(part[part.method == method], column, scale)) and line.x.any()  # one that sends nothing
+        }
         if not lines:
             continue
         figure = draw_lines(
             lines,
             x=label,
             y="validation accuracy [%]",
-            title=f"{data_set}: accuracy against {label.split(' [')[0]}",
+            title=f"{data_set}: accuracy against {against}",
             target=None if target is None else 100 * target,
+            order=order,
         )
         path = folder / "pictures" / f"{case}-{data_set}-{name}"
         section.pictures.append(draw(figure, path, f"validation accuracy of each method against {label}"))
@@ -160,7 +177,7 @@ def _line(own: pd.DataFrame, column: str, scale: float) -> "Line | None":
 
 
 def _by_number(folder: Path, done: pd.DataFrame, order: list[str], cases: list[str]) -> list[Section]:
-    """Accuracy against the numbers in the cases' names, such as faulty-0, faulty-25: a chart for each data set."""
+    """Figures against the numbers in the cases' names, such as faulty-0, faulty-25: charts for each data set."""
     numbered: dict[str, dict[float, str]] = {}
     for case in cases:
         if (match := _NUMBERED.match(case)) is not None:
@@ -170,22 +187,30 @@ def _by_number(folder: Path, done: pd.DataFrame, order: list[str], cases: list[s
         if len(places) < 2:
             continue
         section = Section(f"By {name}")
-        for data_set, part in done.dropna(subset="test_accuracy").groupby("data_set", sort=False):
-            lines = {}
-            for method in order:
-                own = part[part.method == method]
-                found = {place: own[own.case == case].set_index("seed").test_accuracy for place, case in places.items()}
-                there = sorted(place for place, values in found.items() if len(values))
-                if len(there) < 2:
+        for data_set, part in done.groupby("data_set", sort=False):
+            for column, what, scale in _MEASURES:
+                lines = {
+                    method: line
+                    for method in order
+                    if (line := _against(part[part.method == method], column, scale, places))
+                }
+                varies = any(line.y.max() > _CHANGE * line.y.min() for line in lines.values())
+                if not lines or not (varies or column == "test_accuracy"):
                     continue
-                heights = pd.DataFrame({place: found[place] for place in there}).dropna()
-                if len(heights):
-                    x = np.tile(np.array(there), (len(heights), 1))
-                    lines[method] = of_several(x, 100 * heights.to_numpy())
-            if lines:
-                figure = draw_lines(lines, x=name, y="test accuracy [%]", title=f"{data_set}: accuracy against {name}")
-                path = folder / "pictures" / f"{name}-{data_set}"
-                section.pictures.append(draw(figure, path, f"test accuracy of each method against {name}"))
+                title = f"{data_set}: {what.split(' [')[0]} against {name}"
+                figure = draw_lines(lines, x=name, y=what, title=title, order=order)
+                path = folder / "pictures" / f"{name}-{data_set}-{column}"
+                section.pictures.append(draw(figure, path, f"{what} of each method against {name}"))
         if section.pictures:
             sections.append(section)
     return sections
+
+
+def _against(own: pd.DataFrame, column: str, scale: float, places: dict[float, str]) -> "Line | None":
+    """The last figure of each run of a method, over the seeds that all of its places have."""
+    last = own.dropna(subset=column).sort_values("round").groupby(["case", "seed"])[column].last()
+    found = {place: last[case] for place, case in sorted(places.items()) if case in last.index.get_level_values("case")}
+    heights = pd.DataFrame(found).dropna()
+    if len(found) < 2 or not len(heights):
+        return None
+    return of_several(np.tile(np.array(list(found)), (len(heights), 1)), scale * heights.to_numpy())
