@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from elsa_pl.datamodules import FederatedTextDataModule
@@ -29,6 +31,7 @@ from tests.runs import (
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
 KEEP_ALL = {"checkpoint.save_top_k": -1}
+Plans = dict[str, tuple[int, int, int]]
 
 
 @pytest.fixture(scope="module")
@@ -180,6 +183,40 @@ def test_who_trained_alone_goes_on_alone(tmp_path: Path, data_settings: Settings
         assert_equal(own[1][client], adapters)
     for epoch in (1, 2):
         assert resumed.metrics()[epoch]["val_loss"] == whole.metrics()[epoch]["val_loss"]
+
+
+def test_who_trained_alone_may_federate(tmp_path: Path, data_settings: Settings) -> None:
+    """From the mean on, all clients have what the cloud publishes: figures are those of one model."""
+    settings = {**data_settings, "checkpoint.save_top_k": -1}
+    alone = run_here(tmp_path, "alone", {**settings, "strategy.aggregator": "none"})
+    ckpt = str(alone.checkpoint(1))
+    together = run_here(tmp_path, "together", {**settings, "trainer.max_epochs": 4, "ckpt_path": ckpt})
+    assert together.content()["elsa_own_adapters"] == {}
+    summary = together.summary()
+    assert summary["test_loss"] == pytest.approx(summary["test_merged_loss"], rel=1e-5)
+    ended = alone.summary()
+    assert ended["test_loss"] != pytest.approx(ended["test_merged_loss"], rel=1e-3), "alone there was no one model"
+
+
+class Mover(Callback):
+    """Gives clients another edge and another cut from the second round on."""
+
+    def on_assign_clients(self, trainer: "pl.Trainer", assignment: dict[str, str]) -> dict[str, str]:
+        moves = {"client-0": "edge-1", "client-1": "edge-0"} if trainer.global_step else {}
+        return {**assignment, **moves}
+
+    def on_plan_clients(self, trainer: "pl.Trainer", plans: Plans, assignment: dict[str, str]) -> Plans:
+        return {**plans, "client-2": (2, 1, 1)} if trainer.global_step else plans
+
+
+def test_who_is_moved_or_cut_anew_keeps_what_it_trained_alone(tmp_path: Path, data_settings: Settings) -> None:
+    settings = {**data_settings, "strategy.aggregator": "none", "strategy.num_edges": 2, "trainer.max_epochs": 3}
+    mover = {"trainer.callbacks": [{"class_path": "tests.test_rounds.Mover"}]}
+    stay, move = (run_here(tmp_path, name, {**settings, **more}) for name, more in (("stay", {}), ("move", mover)))
+    own = [run.content()["elsa_own_adapters"] for run in (stay, move)]
+    for client in CLIENTS:
+        assert_close(own[1][client], own[0][client], atol=1e-5)
+    assert move.metrics()[2]["val_loss"] == pytest.approx(stay.metrics()[2]["val_loss"], rel=1e-5)
 
 
 def test_two_edges_and_edge_rounds_are_fedavg_in_two_levels(tmp_path: Path, data_settings: Settings) -> None:

@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
-from elsa_pl.functional.aggregation import AGGREGATORS, MERGE_PRODUCTS, exact, sample_clients
+from elsa_pl.functional.aggregation import AGGREGATORS, ALONE, MERGE_PRODUCTS, exact, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.functional.quantization import BlockFormat
@@ -40,8 +40,6 @@ from elsa_pl.strategies.rounds import Rounds, Scope
 from elsa_pl.strategies.topology import CLOUD, Layout, Topology
 
 log = logging.getLogger(__name__)
-
-ALONE = "none"  # an aggregator that merges nothing
 
 _ADAPTER_BLOCK = 64
 
@@ -552,6 +550,7 @@ class HierarchicalStrategy(RpcStrategy):
             self._module.load_global_adapters(self.rounds.keep_own())
             if last:
                 self.fleet.place()
+                self.publish()  # to nobody, but replicas that were made anew need what their clients have
             return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
         if self._module.stacks and mean is not None:

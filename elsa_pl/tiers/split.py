@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
-from elsa_pl.functional.aggregation import MERGE_PRODUCTS
+from elsa_pl.functional.aggregation import ALONE, MERGE_PRODUCTS
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.factors import SUFFIX, factor_pairs, fresh_rows, frozen_weight, refactored, to_rank
 from elsa_pl.functional.pooling import TokenPooling
@@ -566,7 +566,8 @@ class SplitModel(LinkedModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_secrets(checkpoint.get("elsa_secrets", []))
-        self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
+        if self._strategy.aggregator == ALONE:  # otherwise all go on from the mean of what clients had alone
+            self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
             return
