@@ -1,5 +1,6 @@
 """Runs that average products of factors, whose clients have ranks of their own, or whose rounds end in the weights."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,12 @@ def test_stacked_adds_the_mean_to_the_weights(stacked: Run, data_settings: Setti
 
 def test_the_stacked_models_figures_agree(stacked: Run, data_settings: Settings) -> None:
     assert_figures_agree(stacked, data_settings)
+
+
+def test_the_export_has_the_rank_of_what_was_stacked(stacked: Run) -> None:
+    """Rounds of clients of ranks 1, 4, 2 and 3; the rounding of the weights is of full rank, which is 32."""
+    config = json.loads((stacked.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == stacked.summary()["tested_round"] * (1 + 4 + 2 + 3)
 
 
 def test_stacked_knows_which_way_weights_lie(tmp_path: Path, data_settings: Settings) -> None:

@@ -165,18 +165,21 @@ class SplitModel(LinkedModel):
     def build_exported(self) -> PeftModel:
         """The uncut model as the run began with it, and adapters that hold all that was trained since.
 
-        Where rounds end in the frozen weights, these are of the rank that the weights' changes have.
+        Where rounds end in the frozen weights, these are of the rank that the weights' changes have, but for rounding.
         """
         trained = self.build_trained()
         if not self.stacks:
             return trained
         began, ended = dict(_adapted_layers(self.build())), dict(_adapted_layers(trained))
-        changes = {}
+        changes, rank = {}, 1
         for name, (weight, turned) in began.items():
             change = ended[name][0].detach().double() - weight.detach().double()
             change = change.mT if turned else change
-            changes[name] = refactored(change, torch.eye(len(change)), min(change.shape))
-        rank = max(1, *(int((a.norm(dim=1) > 0).sum()) for a, _ in changes.values()))
+            rows, columns = refactored(change, torch.eye(len(change)), min(change.shape))
+            changes[name] = rows, columns
+            # sums in the weights' precision are rounded, which changes them a little in all directions
+            rounding = torch.finfo(weight.dtype).eps * weight.detach().double().norm()
+            rank = max(rank, int((rows.norm(dim=1) * columns.norm(dim=0) > rounding).sum()))
         factors: dict[str, Tensor] = {}
         for name, pair in changes.items():
             factors |= to_rank(dict(zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), pair, strict=True)), rank)
