@@ -392,6 +392,7 @@ class HierarchicalStrategy(RpcStrategy):
                 places=self._compute_places(),
                 own_client=self.own_client,
             )
+            self._agree_on_adapters()
             self._agree_on_links()
             self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
             self._fleet.place()
@@ -400,6 +401,25 @@ class HierarchicalStrategy(RpcStrategy):
             self.fleet.provide_probes()
             self._module.forget_base_model()
         self.publish()
+
+    def _agree_on_adapters(self) -> None:
+        """What adapters are, and how they are sent and merged, stands in each process' own configuration.
+
+        Raises:
+            ConfigurationError: with the setting that differs, and in whose configuration.
+        """
+        mine = {
+            "strategy.aggregator": self.aggregator,
+            "strategy.adapter_bits": self.adapter_bits,
+            "model.client_ranks": self._module.client_ranks,
+        }
+        for worker, theirs in self.world.exchange(mine).items():
+            for setting, own in mine.items():
+                if theirs[setting] != own:
+                    raise ConfigurationError(
+                        f"{setting} differs: {own!r} at {self.world.worker}, {theirs[setting]!r} at {worker}: give both"
+                        " the same"
+                    )
 
     def _agree_on_links(self) -> None:
         """Both ends of a link make their halves of it from their own configuration: it must be the same.
