@@ -372,6 +372,16 @@ def test_bytes_of_stacked_are_those_of_the_stack(stacked: Run, unequal: Run) -> 
     assert counted["down"] == 2 * (stack + rest + len(CLIENTS) * (stack // 2 + rest))
 
 
+def test_a_client_that_is_cut_anew_gets_the_weights_of_its_new_layer(tmp_path: Path, data_settings: Settings) -> None:
+    """Its front gets a second block: of that the adapters and weights, and a round later the stack."""
+    settings = {**data_settings, **EXACT, "strategy.aggregator": "stacked", "strategy.num_edges": 2}
+    mover = {"trainer.callbacks": [{"class_path": "tests.test_rounds.Mover"}]}
+    stay, move = (run_here(tmp_path, name, {**settings, **more}) for name, more in (("stay", {}), ("move", mover)))
+    down = [run.summary()["bytes"]["adapters"]["down"] for run in (stay, move)]
+    width, layers, ranks = 32, 2, 4 + 4 * len(CLIENTS)
+    assert down[1] - down[0] == 4 * layers * (width * width + ranks * 2 * width)
+
+
 COMPARED = {
     "class_path": "elsa_pl.callbacks.BehaviorClustering",
     "init_args": {"warmup_rounds": 1, "every_n_rounds": 1, "pictures": False, "width": 4},
