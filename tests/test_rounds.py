@@ -1,5 +1,6 @@
 """Whole runs are federated averaging, written out here on the uncut model."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,21 @@ def test_clients_that_train_alone(tmp_path: Path, data_settings: Settings) -> No
     # the texts are dealt to the clients, each with adapters of its own
     accuracies = [run.metrics()[1]["val_loss"] for run in (alone, averaged)]
     assert accuracies[0] != accuracies[1]
+
+
+def test_what_clients_alone_have_no_use_for_is_named(
+    tmp_path: Path, data_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    trust = {"class_path": "elsa_pl.callbacks.TrustScoring", "init_args": {"pictures": False}}
+    settings = {**data_settings, **UNCUT, "trainer.max_epochs": 1, "data.num_probes": 8, "trainer.callbacks": [trust]}
+    settings |= {"strategy.adapter_bits": 8, "data.faults": {"client-1": "scaled", "client-2": "flipped_labels"}}
+    with caplog.at_level(logging.WARNING):
+        run_here(tmp_path, "averaged", settings)
+        assert "no effect" not in caplog.text
+        run_here(tmp_path, "alone", {**settings, "strategy.aggregator": "none"})
+    (told,) = [text for text in caplog.messages if "no effect" in text]
+    assert "aggregator=none" in told
+    assert told.endswith(": adapter_bits=8, fault scaled, TrustScoring; leave it out")
 
 
 def test_a_client_alone_is_all_the_federation(tmp_path: Path, data_settings: Settings) -> None:

@@ -30,7 +30,7 @@ from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
-from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_overridden
+from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_idle, warn_of_overridden
 from elsa_pl.strategies.collectives import RpcStrategy
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
@@ -340,6 +340,8 @@ class HierarchicalStrategy(RpcStrategy):
         topology = places.simulate(self.layout, members, data.client_names, self.num_edges, self._edge_of)
         if self._profile is None and "slow" in data.client_faults.values():
             log.warning("fault slow has no effect without simulated time: set profile.distribution, such as mixed")
+        if self.aggregator == ALONE:
+            warn_of_idle(trainer, adapter_bits=self.adapter_bits, faults=data.client_faults.values())
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
         self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
         placement = Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients})
