@@ -286,8 +286,10 @@ def test_other_aggregators_refuse_unequal_ranks(aggregator: str) -> None:
     equal = SplitModel(None, TINY_BERT, client_ranks={"client-1": 8})
     equal.prepare(2)
     equal.check_aggregator(aggregator, 32)
-    with pytest.raises(ConfigurationError, match=r"adapter_bits=32 with aggregator=exact .* got 8: .* leave it out"):
+    with pytest.raises(ConfigurationError, match=r"=32 with aggregator=exact .* got 8: .* leave adapter_bits out"):
         module.check_aggregator("exact", 8)
+    with pytest.raises(ConfigurationError, match=r"adapter_bits=32 with aggregator=stacked .* leave adapter_bits out"):
+        equal.check_aggregator("stacked", 8)
     equal.check_aggregator("exact", 8)
 
 

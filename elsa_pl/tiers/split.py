@@ -237,7 +237,7 @@ class SplitModel(LinkedModel):
 
         Raises:
             ConfigurationError: it merges tensors, and clients have unequal ranks; or it merges products, and an adapted
-                layer is not linear, or its weight is another layer's too.
+                layer is not linear, or its weight is another layer's too; or what is sent has no differences.
         """
         unequal = {client: rank for client, rank in self.client_ranks.items() if rank != self.lora.rank}
         if unequal and aggregator not in MERGE_PRODUCTS:
@@ -249,7 +249,8 @@ class SplitModel(LinkedModel):
         if adapter_bits != 32 and (unequal or aggregator == "stacked"):
             raise ConfigurationError(
                 f"expected strategy.adapter_bits=32 with aggregator={aggregator} and client_ranks={unequal}, got"
-                f" {adapter_bits}: differences are between adapters of one rank; leave it out"
+                f" {adapter_bits}: what is sent is not of the rank that its receiver has, so there are no differences;"
+                " leave adapter_bits out"
             )
         if aggregator not in MERGE_PRODUCTS:
             return
