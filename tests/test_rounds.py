@@ -166,6 +166,16 @@ def test_clients_that_train_alone(tmp_path: Path, data_settings: Settings) -> No
     assert accuracies[0] != accuracies[1]
 
 
+def test_clients_alone_do_not_wait_for_the_cloud(tmp_path: Path, data_settings: Settings) -> None:
+    far = {"distribution": "mixed", "edges": {"edge-0": {"cloud_latency_s": 100.0}}}
+    settings = {**data_settings, **UNCUT, "trainer.max_epochs": 1, "profile": far}
+    alone, averaged = (
+        run_here(tmp_path, name, {**settings, "strategy.aggregator": name}).metrics()[0]["simulated/round_s"]
+        for name in ("none", "mean")
+    )
+    assert 0 < alone < averaged - 2 * 99
+
+
 def test_what_clients_alone_have_no_use_for_is_named(
     tmp_path: Path, data_settings: Settings, caplog: pytest.LogCaptureFixture
 ) -> None:
