@@ -211,6 +211,19 @@ def test_who_trained_alone_goes_on_alone(tmp_path: Path, data_settings: Settings
         assert resumed.metrics()[epoch]["val_loss"] == whole.metrics()[epoch]["val_loss"]
 
 
+@pytest.mark.parametrize("name", ["SketchCompression", "LinkProjection"])
+def test_who_trained_alone_goes_on_with_what_links_are_fitted_to(
+    name: str, tmp_path: Path, data_settings: Settings
+) -> None:
+    settings = {**data_settings, "strategy.aggregator": "none", "strategy.edge_rounds": 2, "data.num_probes": 16}
+    settings |= {"trainer.callbacks": [{"class_path": name, "init_args": {"ratio": 2}}], **KEEP_ALL}
+    whole = run_here(tmp_path, "whole", settings)
+    resumed = run_here(tmp_path, "resumed", {**settings, "ckpt_path": str(whole.checkpoint(0))})
+    own = [run.content()["elsa_own_adapters"] for run in (whole, resumed)]
+    for client in CLIENTS:
+        assert_equal(own[1][client], own[0][client])
+
+
 def test_who_trained_alone_may_federate(tmp_path: Path, data_settings: Settings) -> None:
     """From the mean on, all clients have what the cloud publishes: figures are those of one model."""
     settings = {**data_settings, "checkpoint.save_top_k": -1}

@@ -145,10 +145,10 @@ class Rounds:
     def load(self, adapters: Mapping[str, Tensor]) -> None:
         """Everything in this process takes over the global adapters, but for clients that train alone."""
         for name, client in self.clients.items():
-            client.load(self._own.get(name, adapters))
+            client.load({**adapters, **self._own.get(name, {})})  # what links are fitted to is everybody's
         for edge in self.edges.values():
             for name, session in edge.sessions.items():
-                session.load(self._own.get(name, adapters))
+                session.load({**adapters, **self._own.get(name, {})})
         self._published = {name: value.clone() for name, value in adapters.items()}
         received = {name: client.adapters() for name, client in self.clients.items()}
         self._new_layers = {name: got.keys() - self._received.get(name, got).keys() for name, got in received.items()}
