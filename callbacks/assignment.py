@@ -128,19 +128,21 @@ class LatencyAwareAssignment(Callback):
         if not self._pictures or not trainer.is_global_zero or self._shown is None:
             return
         latency_s, divergences, trust = (self._shown[name] for name in ("latency_s", "divergences", "trust"))
+        sign = math.copysign(1.0, self._behaviour_weight)
+        weights = [sign * weight + 0.0 for weight in _WEIGHTS_SHOWN]  # + 0.0, because -0.0 would be written so
         assignments = [
             assign(latency_s, divergences, self._shown["capacities"], trust, behaviour_weight=weight)
-            for weight in _WEIGHTS_SHOWN
+            for weight in weights
         ]
         costs = [
             assignment_costs(edges, latency_s, divergences, trust) for edges in [*assignments, self._shown["chosen"]]
         ]
-        own_weight = self._behaviour_weight / self._latency_weight if self._latency_weight else math.inf
+        own_weight = self._behaviour_weight / self._latency_weight if self._latency_weight else sign * math.inf
         figure = pictures.draw_trade_off(
-            [*_WEIGHTS_SHOWN, own_weight],
+            [*weights, own_weight],
             [cost[0] for cost in costs],
             [cost[1] for cost in costs],
-            chosen=len(_WEIGHTS_SHOWN),
+            chosen=len(weights),
         )
         pictures.save(figure, Path(trainer.default_root_dir) / "assignment.png")
 

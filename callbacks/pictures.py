@@ -289,8 +289,9 @@ def draw_trade_off(
 ) -> "Figure":
     """Draw total latency against total divergence of assignments that were computed for several weights.
 
-    The dashed lines are the least latency and the least divergence of the assignments given, so give the two extreme
-    ones too. Weights that lead to the same totals share a point.
+    The dashed lines are the least latency and the least divergence of the assignments given, or the most if that is
+    what the chosen one's weight, below 0, asks for; so give the two extreme ones too. Weights that lead to the same
+    totals share a point.
 
     Args:
         weights: of the assignments, in any unit. [W]
@@ -324,9 +325,10 @@ def draw_trade_off(
 
     figure = drawing.new_figure(7.5, 5)
     axes = figure.add_subplot()
-    least = points.min(axis=0)
-    axes.axvline(least[0], color=_BLUE, linestyle="--", linewidth=1)
-    axes.axhline(least[1], color=_RED, linestyle="--", linewidth=1)
+    apart = totals[0][chosen] < 0
+    best = np.array([points[:, 0].min(), points[:, 1].max() if apart else points[:, 1].min()])
+    axes.axvline(best[0], color=_BLUE, linestyle="--", linewidth=1)
+    axes.axhline(best[1], color=_RED, linestyle="--", linewidth=1)
     axes.plot(*places.T, color=_GREY, linewidth=0.8, zorder=1)
     axes.scatter(places[:, 0], places[:, 1], s=40, color=DARK, zorder=2)
     star = points[[chosen]]
@@ -337,15 +339,20 @@ def draw_trade_off(
     entries = [
         entry(f"assignment; number: {weight_name}", "o", DARK),
         entry("the chosen one", "*", PALETTE[1], area=150),
-        entry(f"least latency: {least[0]:.4g} ms", colour=_BLUE, line="--"),
-        entry(f"least divergence: {least[1]:.4g} nats", colour=_RED, line="--"),
+        entry(f"least latency: {best[0]:.4g} ms", colour=_BLUE, line="--"),
+        entry(f"{'most' if apart else 'least'} divergence: {best[1]:.4g} nats", colour=_RED, line="--"),
     ]
     drawing.legend(figure, entries, "outside lower left", 2)
-    more = [_more(*pair) for pair in zip(points[chosen], least, strict=True)]
-    sentence = f"The chosen assignment: {more[0]} latency and {more[1]} divergence than the least of each"
+    more = _more(points[chosen, 0], best[0])
+    if apart:
+        share = points[chosen, 1] / best[1] if best[1] > 0 else 1.0
+        sentence = f"The chosen assignment: {more} latency than the least, and {share:.0%} of the most divergence"
+    else:
+        further = _more(points[chosen, 1], best[1])
+        sentence = f"The chosen assignment: {more} latency and {further} divergence than the least of each"
     drawing.title(figure, sentence)
     low, high = np.array(axes.get_xlim()), np.array(axes.get_ylim())
-    bounds = [np.column_stack([least[[0, 0]], high]), np.column_stack([low, least[[1, 1]]])]
+    bounds = [np.column_stack([best[[0, 0]], high]), np.column_stack([low, best[[1, 1]]])]
     radii = np.where(np.arange(len(places)) == which[chosen], 7.0, 3.5)
     drawing.label_points(axes, places, texts, radii, [places, *bounds])
     return figure

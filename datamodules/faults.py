@@ -26,6 +26,7 @@ client would submit, g what it received, s the scale: ``sign_flip`` submits g - 
 ``slow`` computes s times slower, in simulated time only."""
 
 LABEL_FAULTS: Final[tuple[FaultKind, ...]] = ("flipped_labels", "shuffled_texts")
+SUBMITTED_FAULTS: Final[tuple[FaultKind, ...]] = ("sign_flip", "scaled", "random", "silent")
 DEFAULT_SCALE: Final = 5.0
 _SCALED_FAULTS: Final[tuple[FaultKind, ...]] = ("sign_flip", "scaled", "slow")
 

@@ -93,6 +93,14 @@ CASES: list[Case] = [
         ["no links", "leave out", "model.plan"],
     ),
     (
+        "links-of-a-client-that-is-not-cut",
+        [
+            *["--model.client_plans", "{client-1: {front: 4, middle: 0, tail: 0}}"],
+            *["--trainer.callbacks+", "LinkQuantization"],
+        ],
+        ["no links", "leave out", "model.client_plans"],
+    ),
+    (
         "pooling-without-a-link",
         ["--model.plan", "{front: 1, middle: 3, tail: 0}", "--model.token_pooling.downlink", "first"],
         ["token_pooling.downlink", "without a tail", "leave it out"],

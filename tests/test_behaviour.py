@@ -17,7 +17,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from elsa_pl import cli
-from elsa_pl.callbacks import BehaviorClustering, LatencyAwareAssignment, TrustScoring
+from elsa_pl.callbacks import BehaviorClustering, LatencyAwareAssignment, TrustScoring, pictures
 from elsa_pl.datamodules.faults import corrupt
 from elsa_pl.functional.factors import to_rank
 from elsa_pl.functional.profiles import ProfileSettings, draw_profile
@@ -286,6 +286,23 @@ def test_the_trade_off_is_drawn_from_the_state(judged: Run, tmp_path: Path) -> N
     trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, enable_checkpointing=False, accelerator="cpu")
     resumed.on_fit_end(trainer, pl.LightningModule())
     assert (tmp_path / "assignment.png").is_file()
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_trade_off_is_between_assignments_of_the_kind_that_was_asked_for(
+    sign: int, judged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[list[float]] = []
+    monkeypatch.setattr(pictures, "draw_trade_off", lambda weights, *_, **__: drawn.append(weights))
+    monkeypatch.setattr(pictures, "save", lambda *_: None)
+    assignment = LatencyAwareAssignment(behaviour_weight=sign * 2.0)
+    assignment.load_state_dict(state_of(judged, "LatencyAwareAssignment"))
+    trainer = pl.Trainer(default_root_dir=tmp_path, logger=False, enable_checkpointing=False, accelerator="cpu")
+    assignment.on_fit_end(trainer, pl.LightningModule())
+    ((*weights, own),) = drawn
+    assert own == 2.0 * sign
+    assert weights[0] == 0
+    assert all(sign * weight > 0 for weight in weights[1:])
 
 
 class Own(pl.LightningModule):

@@ -670,6 +670,12 @@ def test_different_secrets_are_an_error_at_the_start(base: Settings, tmp_path: P
             {"model.token_pooling.downlink": 3},
             "model.token_pooling differs: uplink and downlink are ('first', None) at cloud, (None, 3) at host-0",
         ),
+        ({"strategy.adapter_bits": 8}, {}, "strategy.adapter_bits differs: 8 at cloud, 32 at host-0: give both"),
+        (
+            {"strategy.aggregator": "stacked", "model.client_ranks": {"client-1": 4}},
+            {"strategy.aggregator": "stacked"},
+            "model.client_ranks differs: {'client-1': 4} at cloud, {} at host-0: give both",
+        ),
     ],
 )
 def test_ends_that_disagree_are_an_error_at_the_start(

@@ -1,5 +1,6 @@
 """Runs that average products of factors, whose clients have ranks of their own, or whose rounds end in the weights."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -285,8 +286,10 @@ def test_other_aggregators_refuse_unequal_ranks(aggregator: str) -> None:
     equal = SplitModel(None, TINY_BERT, client_ranks={"client-1": 8})
     equal.prepare(2)
     equal.check_aggregator(aggregator, 32)
-    with pytest.raises(ConfigurationError, match=r"adapter_bits=32 with aggregator=exact .* got 8: .* leave it out"):
+    with pytest.raises(ConfigurationError, match=r"=32 with aggregator=exact .* got 8: .* leave adapter_bits out"):
         module.check_aggregator("exact", 8)
+    with pytest.raises(ConfigurationError, match=r"adapter_bits=32 with aggregator=stacked .* leave adapter_bits out"):
+        equal.check_aggregator("stacked", 8)
     equal.check_aggregator("exact", 8)
 
 
@@ -330,6 +333,12 @@ def test_the_stacked_models_figures_agree(stacked: Run, data_settings: Settings)
     assert_figures_agree(stacked, data_settings)
 
 
+def test_the_export_has_the_rank_of_what_was_stacked(stacked: Run) -> None:
+    """Rounds of clients of ranks 1, 4, 2 and 3; the rounding of the weights is of full rank, which is 32."""
+    config = json.loads((stacked.folder / "adapter" / "adapter_config.json").read_text())
+    assert config["r"] == stacked.summary()["tested_round"] * (1 + 4 + 2 + 3)
+
+
 def test_stacked_knows_which_way_weights_lie(tmp_path: Path, data_settings: Settings) -> None:
     """Those of GPT-2 are [I, O]."""
     fast = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.03}}
@@ -363,6 +372,16 @@ def test_bytes_of_stacked_are_those_of_the_stack(stacked: Run, unequal: Run) -> 
     counted = stacked.summary()["bytes"]["adapters"]
     assert counted["up"] == unequal.summary()["bytes"]["adapters"]["up"]
     assert counted["down"] == 2 * (stack + rest + len(CLIENTS) * (stack // 2 + rest))
+
+
+def test_a_client_that_is_cut_anew_gets_the_weights_of_its_new_layer(tmp_path: Path, data_settings: Settings) -> None:
+    """Its front gets a second block: of that the adapters and weights, and a round later the stack."""
+    settings = {**data_settings, **EXACT, "strategy.aggregator": "stacked", "strategy.num_edges": 2}
+    mover = {"trainer.callbacks": [{"class_path": "tests.test_rounds.Mover"}]}
+    stay, move = (run_here(tmp_path, name, {**settings, **more}) for name, more in (("stay", {}), ("move", mover)))
+    down = [run.summary()["bytes"]["adapters"]["down"] for run in (stay, move)]
+    width, layers, ranks = 32, 2, 4 + 4 * len(CLIENTS)
+    assert down[1] - down[0] == 4 * layers * (width * width + ranks * 2 * width)
 
 
 COMPARED = {

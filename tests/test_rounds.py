@@ -1,11 +1,14 @@
 """Whole runs are federated averaging, written out here on the uncut model."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from elsa_pl.datamodules import FederatedTextDataModule
@@ -29,6 +32,7 @@ from tests.runs import (
 
 CLIENTS = ["client-0", "client-1", "client-2", "client-3"]
 KEEP_ALL = {"checkpoint.save_top_k": -1}
+Plans = dict[str, tuple[int, int, int]]
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +166,31 @@ def test_clients_that_train_alone(tmp_path: Path, data_settings: Settings) -> No
     assert accuracies[0] != accuracies[1]
 
 
+def test_clients_alone_do_not_wait_for_the_cloud(tmp_path: Path, data_settings: Settings) -> None:
+    far = {"distribution": "mixed", "edges": {"edge-0": {"cloud_latency_s": 100.0}}}
+    settings = {**data_settings, **UNCUT, "trainer.max_epochs": 1, "profile": far}
+    alone, averaged = (
+        run_here(tmp_path, name, {**settings, "strategy.aggregator": name}).metrics()[0]["simulated/round_s"]
+        for name in ("none", "mean")
+    )
+    assert 0 < alone < averaged - 2 * 99
+
+
+def test_what_clients_alone_have_no_use_for_is_named(
+    tmp_path: Path, data_settings: Settings, caplog: pytest.LogCaptureFixture
+) -> None:
+    trust = {"class_path": "elsa_pl.callbacks.TrustScoring", "init_args": {"pictures": False}}
+    settings = {**data_settings, **UNCUT, "trainer.max_epochs": 1, "data.num_probes": 8, "trainer.callbacks": [trust]}
+    settings |= {"strategy.adapter_bits": 8, "data.faults": {"client-1": "scaled", "client-2": "flipped_labels"}}
+    with caplog.at_level(logging.WARNING):
+        run_here(tmp_path, "averaged", settings)
+        assert "no effect" not in caplog.text
+        run_here(tmp_path, "alone", {**settings, "strategy.aggregator": "none"})
+    (told,) = [text for text in caplog.messages if "no effect" in text]
+    assert "aggregator=none" in told
+    assert told.endswith(": adapter_bits=8, fault scaled, TrustScoring; leave it out")
+
+
 def test_a_client_alone_is_all_the_federation(tmp_path: Path, data_settings: Settings) -> None:
     settings = {**data_settings, "data.num_clients": 1, "trainer.max_epochs": 3}
     one, alone = (run_here(tmp_path, name, {**settings, "strategy.aggregator": name}) for name in ("mean", "none"))
@@ -180,6 +209,53 @@ def test_who_trained_alone_goes_on_alone(tmp_path: Path, data_settings: Settings
         assert_equal(own[1][client], adapters)
     for epoch in (1, 2):
         assert resumed.metrics()[epoch]["val_loss"] == whole.metrics()[epoch]["val_loss"]
+
+
+@pytest.mark.parametrize("name", ["SketchCompression", "LinkProjection"])
+def test_who_trained_alone_goes_on_with_what_links_are_fitted_to(
+    name: str, tmp_path: Path, data_settings: Settings
+) -> None:
+    settings = {**data_settings, "strategy.aggregator": "none", "strategy.edge_rounds": 2, "data.num_probes": 16}
+    settings |= {"trainer.callbacks": [{"class_path": name, "init_args": {"ratio": 2}}], **KEEP_ALL}
+    whole = run_here(tmp_path, "whole", settings)
+    resumed = run_here(tmp_path, "resumed", {**settings, "ckpt_path": str(whole.checkpoint(0))})
+    own = [run.content()["elsa_own_adapters"] for run in (whole, resumed)]
+    for client in CLIENTS:
+        assert_equal(own[1][client], own[0][client])
+
+
+def test_who_trained_alone_may_federate(tmp_path: Path, data_settings: Settings) -> None:
+    """From the mean on, all clients have what the cloud publishes: figures are those of one model."""
+    settings = {**data_settings, "checkpoint.save_top_k": -1}
+    alone = run_here(tmp_path, "alone", {**settings, "strategy.aggregator": "none"})
+    ckpt = str(alone.checkpoint(1))
+    together = run_here(tmp_path, "together", {**settings, "trainer.max_epochs": 4, "ckpt_path": ckpt})
+    assert together.content()["elsa_own_adapters"] == {}
+    summary = together.summary()
+    assert summary["test_loss"] == pytest.approx(summary["test_merged_loss"], rel=1e-5)
+    ended = alone.summary()
+    assert ended["test_loss"] != pytest.approx(ended["test_merged_loss"], rel=1e-3), "alone there was no one model"
+
+
+class Mover(Callback):
+    """Gives clients another edge and another cut from the second round on."""
+
+    def on_assign_clients(self, trainer: "pl.Trainer", assignment: dict[str, str]) -> dict[str, str]:
+        moves = {"client-0": "edge-1", "client-1": "edge-0"} if trainer.global_step else {}
+        return {**assignment, **moves}
+
+    def on_plan_clients(self, trainer: "pl.Trainer", plans: Plans, assignment: dict[str, str]) -> Plans:
+        return {**plans, "client-2": (2, 1, 1)} if trainer.global_step else plans
+
+
+def test_who_is_moved_or_cut_anew_keeps_what_it_trained_alone(tmp_path: Path, data_settings: Settings) -> None:
+    settings = {**data_settings, "strategy.aggregator": "none", "strategy.num_edges": 2, "trainer.max_epochs": 3}
+    mover = {"trainer.callbacks": [{"class_path": "tests.test_rounds.Mover"}]}
+    stay, move = (run_here(tmp_path, name, {**settings, **more}) for name, more in (("stay", {}), ("move", mover)))
+    own = [run.content()["elsa_own_adapters"] for run in (stay, move)]
+    for client in CLIENTS:
+        assert_close(own[1][client], own[0][client], atol=1e-5)
+    assert move.metrics()[2]["val_loss"] == pytest.approx(stay.metrics()[2]["val_loss"], rel=1e-5)
 
 
 def test_two_edges_and_edge_rounds_are_fedavg_in_two_levels(tmp_path: Path, data_settings: Settings) -> None:

@@ -250,6 +250,9 @@ AGGREGATORS: dict[str, Aggregator] = {
 }
 
 
+ALONE = "none"
+"""In place of a name of `AGGREGATORS`: nothing is merged, and each client trains alone."""
+
 MERGE_PRODUCTS = ("exact", "stacked")
 """Those that merge products of factors, so that the factors may be of unlike ranks; they differ in what becomes of the
 mean: an adapter of the run's rank, or part of the frozen weights."""

@@ -236,9 +236,8 @@ def _starts(problem: _Problem, capacities: Places) -> list[Places]:
         from scipy.spatial.distance import squareform
 
         condensed = squareform(problem.divergence, checks=False)
-        for method in (
-            ("average", "ward") if condensed.min() >= 0 else ()
-        ):  # groups of the alike are no start for others
+        alike = condensed.min() >= 0  # for others, groups of the alike are no start
+        for method in ("average", "ward") if alike else ():
             groups = fcluster(linkage(condensed, method), count, "maxclust") - 1
             starts.append(_nearest_edges(problem.latency, groups.astype(np.int64), None))
         generator = np.random.default_rng(0)  # a fixed seed: the same problem has one answer

@@ -1,8 +1,9 @@
 """Adapters on their way to a mean and back: the difference to what the receiver has, in 8 or 4 bits for each number.
 
 A round moves an adapter a little, so the difference to what was given is small and alike in size, and a few bits for it
-cost less than the same bits for the adapter itself. Both ends go on from the decoded values, so errors do not add up:
-what was lost of a difference is part of the next one.
+lose less than the same bits for the adapter itself. Both ends go on from the decoded values, so they never drift apart:
+while a sender keeps its own values, what was lost of a difference is part of the next one. Between rounds nobody does;
+all go on from the decoded mean, as if that had been the mean.
 """
 
 from collections.abc import Mapping

@@ -1,11 +1,12 @@
 """Settings that a run of rounds cannot honour are refused before it starts, with the reason."""
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 
 import lightning.pytorch as pl
 import torch
 
+from elsa_pl.datamodules.faults import SUBMITTED_FAULTS, FaultKind
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.hooks import hooks
 
@@ -76,3 +77,19 @@ def warn_of_overridden(trainer: "pl.Trainer", *, edge_of: Collection[str], clien
                 ", ".join(sorted(clients)),
                 choosing[-1],
             )
+
+
+def warn_of_idle(trainer: "pl.Trainer", *, adapter_bits: int, faults: Iterable[FaultKind]) -> None:
+    """Warn of what does nothing where clients train alone, because nobody sends or receives adapters.
+
+    Args:
+        trainer: its callbacks.
+        adapter_bits: of each number of an adapter that is sent.
+        faults: kinds of fault that clients have.
+    """
+    idle = [] if adapter_bits == 32 else [f"adapter_bits={adapter_bits}"]
+    idle += [f"fault {kind}" for kind in sorted(set(faults) & set(SUBMITTED_FAULTS))]
+    judging = [hook.__self__ for name in ("on_clients_probed", "on_before_aggregate") for hook in hooks(trainer, name)]
+    idle += dict.fromkeys(type(callback).__name__ for callback in judging)
+    if idle:
+        log.warning("no effect with aggregator=none, where adapters are not sent: %s; leave it out", ", ".join(idle))

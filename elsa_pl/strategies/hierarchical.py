@@ -18,7 +18,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from elsa_pl.errors import ConfigurationError, LaunchError
-from elsa_pl.functional.aggregation import AGGREGATORS, MERGE_PRODUCTS, exact, sample_clients
+from elsa_pl.functional.aggregation import AGGREGATORS, ALONE, MERGE_PRODUCTS, exact, sample_clients
 from elsa_pl.functional.costs import Workload
 from elsa_pl.functional.profiles import NetworkProfile, ProfileSettings
 from elsa_pl.functional.quantization import BlockFormat
@@ -30,7 +30,7 @@ from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
-from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_overridden
+from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_idle, warn_of_overridden
 from elsa_pl.strategies.collectives import RpcStrategy
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
 from elsa_pl.strategies.fleet import PROBES_TOGETHER, ComputePlaces, Fleet, Tried, draw_network
@@ -40,8 +40,6 @@ from elsa_pl.strategies.rounds import Rounds, Scope
 from elsa_pl.strategies.topology import CLOUD, Layout, Topology
 
 log = logging.getLogger(__name__)
-
-ALONE = "none"  # an aggregator that merges nothing
 
 _ADAPTER_BLOCK = 64
 
@@ -342,6 +340,8 @@ class HierarchicalStrategy(RpcStrategy):
         topology = places.simulate(self.layout, members, data.client_names, self.num_edges, self._edge_of)
         if self._profile is None and "slow" in data.client_faults.values():
             log.warning("fault slow has no effect without simulated time: set profile.distribution, such as mixed")
+        if self.aggregator == ALONE:
+            warn_of_idle(trainer, adapter_bits=self.adapter_bits, faults=data.client_faults.values())
         network = None if self._profile is None else draw_network(self._profile, topology, data, module.seed)
         self._tried = Tried(network, module.workload(data.batch_size, data.max_length))
         placement = Placement(topology.assignment, {name: module.plan_of(name) for name in topology.clients})
@@ -394,6 +394,7 @@ class HierarchicalStrategy(RpcStrategy):
                 places=self._compute_places(),
                 own_client=self.own_client,
             )
+            self._agree_on_adapters()
             self._agree_on_links()
             self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
             self._fleet.place()
@@ -402,6 +403,25 @@ class HierarchicalStrategy(RpcStrategy):
             self.fleet.provide_probes()
             self._module.forget_base_model()
         self.publish()
+
+    def _agree_on_adapters(self) -> None:
+        """What adapters are, and how they are sent and merged, stands in each process' own configuration.
+
+        Raises:
+            ConfigurationError: with the setting that differs, and in whose configuration.
+        """
+        mine = {
+            "strategy.aggregator": self.aggregator,
+            "strategy.adapter_bits": self.adapter_bits,
+            "model.client_ranks": self._module.client_ranks,
+        }
+        for worker, theirs in self.world.exchange(mine).items():
+            for setting, own in mine.items():
+                if theirs[setting] != own:
+                    raise ConfigurationError(
+                        f"{setting} differs: {own!r} at {self.world.worker}, {theirs[setting]!r} at {worker}: give both"
+                        " the same"
+                    )
 
     def _agree_on_links(self) -> None:
         """Both ends of a link make their halves of it from their own configuration: it must be the same.
@@ -552,6 +572,7 @@ class HierarchicalStrategy(RpcStrategy):
             self._module.load_global_adapters(self.rounds.keep_own())
             if last:
                 self.fleet.place()
+                self.publish()  # to nobody, but replicas that were made anew need what their clients have
             return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
         if self._module.stacks and mean is not None:

@@ -26,6 +26,7 @@ from torch import Tensor
 from elsa_pl.errors import RemoteError, RunFailed
 from elsa_pl.functional.aggregation import weighted_mean
 from elsa_pl.functional.deltas import decode_deltas, encode_deltas
+from elsa_pl.functional.factors import frozen_weight
 from elsa_pl.functional.microbatches import num_targets
 from elsa_pl.functional.quantization import BlockFormat
 from elsa_pl.rpc import remote
@@ -116,7 +117,6 @@ class Rounds:
         self._results: list[tuple[str, StepResult]] = []
         self._work: dict[str, Counter[str]] = {}
         self._edges_sent: dict[str, int] = {}
-        self.published_bytes = 0
         for name, edge in edges.items():
             remote.serve(name, edge)
             world.serve_board(board_of(name), edge.board)
@@ -145,10 +145,10 @@ class Rounds:
     def load(self, adapters: Mapping[str, Tensor]) -> None:
         """Everything in this process takes over the global adapters, but for clients that train alone."""
         for name, client in self.clients.items():
-            client.load(self._own.get(name, adapters))
+            client.load({**adapters, **self._own.get(name, {})})  # what links are fitted to is everybody's
         for edge in self.edges.values():
             for name, session in edge.sessions.items():
-                session.load(self._own.get(name, adapters))
+                session.load({**adapters, **self._own.get(name, {})})
         self._published = {name: value.clone() for name, value in adapters.items()}
         received = {name: client.adapters() for name, client in self.clients.items()}
         self._new_layers = {name: got.keys() - self._received.get(name, got).keys() for name, got in received.items()}
@@ -169,7 +169,8 @@ class Rounds:
         after `load`.
 
         Args:
-            sent: in the form in which they were sent; a layer that is new to a client goes to it as it is.
+            sent: in the form in which they were sent; a layer that is new to a client goes to it as it is, with its
+                frozen weight if rounds end in that.
             whole: to clients too, rather than at their own rank.
         """
         self.published_bytes = num_bytes(sent)
@@ -178,6 +179,8 @@ class Rounds:
         for name, received in self._received.items():
             new = self._new_layers[name]
             own = {key: sent[key] if as_sent and key not in new else value for key, value in received.items()}
+            weights = {frozen_weight(key) for key in new}  # of which it has not what earlier rounds ended in
+            own |= {key: self._published[key] for key in weights & self._published.keys()}
             self._count_adapters("down", name, own)
 
     def count_fitted(self, fitted: Mapping[str, Tensor]) -> None:

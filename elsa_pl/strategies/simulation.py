@@ -57,6 +57,7 @@ def simulate_round(
         name: sum(
             trip_seconds(size, bytes_per_s=edge.cloud_bytes_per_s, latency_s=edge.cloud_latency_s)
             for size in (edges_sent.get(name, 0), adapter_bytes)
+            if size  # clients alone need no cloud
         )
         for name, edge in network.edges.items()
     }

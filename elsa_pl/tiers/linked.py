@@ -91,7 +91,7 @@ class LinkedModel(EvaluatedModel):
         if "uplink" not in links and any(self.link_stages().values()):
             raise ConfigurationError(
                 "a client that computes the whole model has no links: leave out the callbacks that encode them, or"
-                " give model.plan a middle"
+                " give model.plan and all of model.client_plans a middle"
             )
         learning = any(stage.trains for stages in self.link_stages().values() for stage in stages)
         if learning and (asks(trainer, "on_plan_clients") or self.client_plans):

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from transformers import get_scheduler
 
 from elsa_pl.errors import ConfigurationError, UnsupportedModelError
-from elsa_pl.functional.aggregation import MERGE_PRODUCTS
+from elsa_pl.functional.aggregation import ALONE, MERGE_PRODUCTS
 from elsa_pl.functional.costs import Workload, shape_of
 from elsa_pl.functional.factors import SUFFIX, factor_pairs, fresh_rows, frozen_weight, refactored, to_rank
 from elsa_pl.functional.pooling import TokenPooling
@@ -165,18 +165,21 @@ class SplitModel(LinkedModel):
     def build_exported(self) -> PeftModel:
         """The uncut model as the run began with it, and adapters that hold all that was trained since.
 
-        Where rounds end in the frozen weights, these are of the rank that the weights' changes have.
+        Where rounds end in the frozen weights, these are of the rank that the weights' changes have, but for rounding.
         """
         trained = self.build_trained()
         if not self.stacks:
             return trained
         began, ended = dict(_adapted_layers(self.build())), dict(_adapted_layers(trained))
-        changes = {}
+        changes, rank = {}, 1
         for name, (weight, turned) in began.items():
             change = ended[name][0].detach().double() - weight.detach().double()
             change = change.mT if turned else change
-            changes[name] = refactored(change, torch.eye(len(change)), min(change.shape))
-        rank = max(1, *(int((a.norm(dim=1) > 0).sum()) for a, _ in changes.values()))
+            rows, columns = refactored(change, torch.eye(len(change)), min(change.shape))
+            changes[name] = rows, columns
+            # sums in the weights' precision are rounded, which changes them a little in all directions
+            rounding = torch.finfo(weight.dtype).eps * weight.detach().double().norm()
+            rank = max(rank, int((rows.norm(dim=1) * columns.norm(dim=0) > rounding).sum()))
         factors: dict[str, Tensor] = {}
         for name, pair in changes.items():
             factors |= to_rank(dict(zip((f"{name}.lora_A.weight", f"{name}.lora_B.weight"), pair, strict=True)), rank)
@@ -234,7 +237,7 @@ class SplitModel(LinkedModel):
 
         Raises:
             ConfigurationError: it merges tensors, and clients have unequal ranks; or it merges products, and an adapted
-                layer is not linear, or its weight is another layer's too.
+                layer is not linear, or its weight is another layer's too; or what is sent has no differences.
         """
         unequal = {client: rank for client, rank in self.client_ranks.items() if rank != self.lora.rank}
         if unequal and aggregator not in MERGE_PRODUCTS:
@@ -246,7 +249,8 @@ class SplitModel(LinkedModel):
         if adapter_bits != 32 and (unequal or aggregator == "stacked"):
             raise ConfigurationError(
                 f"expected strategy.adapter_bits=32 with aggregator={aggregator} and client_ranks={unequal}, got"
-                f" {adapter_bits}: differences are between adapters of one rank; leave it out"
+                f" {adapter_bits}: what is sent is not of the rank that its receiver has, so there are no differences;"
+                " leave adapter_bits out"
             )
         if aggregator not in MERGE_PRODUCTS:
             return
@@ -566,7 +570,8 @@ class SplitModel(LinkedModel):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_secrets(checkpoint.get("elsa_secrets", []))
-        self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
+        if self._strategy.aggregator == ALONE:  # otherwise all go on from the mean of what clients had alone
+            self._strategy.own_adapters.update(checkpoint["elsa_own_adapters"])
         fitting = self.trainer.state.fn == TrainerFn.FITTING
         if not fitting and self.num_rounds:  # testing an earlier round does not undo the later ones
             return

@@ -353,6 +353,17 @@ def test_the_trade_off_marks_the_chosen_assignment_and_both_optima() -> None:
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("total latency [ms]", "total divergence [nats]")
 
 
+def test_the_trade_off_of_who_wants_unlike_clients_together_marks_the_most_divergence() -> None:
+    weights, latencies, divergences = [0, -0.5, -1, -9], [0.6, 0.6, 0.66, 1.0], [60, 60, 90, 120]
+    figure = draw_trade_off(weights, latencies, divergences, chosen=2)
+    require_legible(figure)
+    axes = figure.axes[0]
+    dashed = [np.column_stack([*line.get_data()]) for line in axes.lines if line.get_linestyle() == "--"]
+    assert [line[0, 1] for line in dashed if np.ptp(line[:, 1]) == 0] == [120]
+    title = " ".join(figure.get_suptitle().split())
+    assert title == "The chosen assignment: 10% more latency than the least, and 75% of the most divergence"
+
+
 @pytest.mark.parametrize(
     ("latencies", "divergences"),
     [([0.5], [3]), ([0.5, 0.5, 0.5], [3, 3, 3]), ([0, 0.1], [2, 0]), (range(30), range(30, 0, -1))],
