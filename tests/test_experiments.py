@@ -257,6 +257,11 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         ["methods.x.without", "'Trust'", "BehaviorClustering"],
     ),
     ("setting", {"settings": {"model.lora.rnk": 4}}, ["rnk"]),
+    (
+        "data",
+        {"settings": {"data.dataset": None, "data.train_file": "${data_root}/none.csv"}},
+        ["needs data.train_file", "none.csv", "--data_root"],
+    ),
     ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),
     ("no-list", {"seeds": 3}, ["seeds must be a list", "got 3"]),
     ("seed", {"seeds": [0, "a"]}, ["seeds must be whole numbers", "'a'"]),

@@ -435,9 +435,10 @@ def test_a_checkpoint_of_another_aggregator_is_refused(
     assert "strategy.aggregator is 'stacked' in the checkpoint and None in the settings" in capsys.readouterr().err
 
 
-def test_stacked_does_not_keep_optimizer_states() -> None:
+@pytest.mark.parametrize("aggregator", ["exact", "stacked"])
+def test_other_factors_do_not_keep_optimizer_states(aggregator: str) -> None:
     with pytest.raises(ConfigurationError, match="reset_optimizer=false"):
-        HierarchicalStrategy(aggregator="stacked", reset_optimizer=False)
+        HierarchicalStrategy(aggregator=aggregator, reset_optimizer=False)
 
 
 def test_stacked_refuses_embeddings() -> None:

@@ -33,18 +33,22 @@ def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
 
 
 def check(cells: Sequence[Cell], folder: Path) -> None:
-    """Have train.py's own parser read the configurations of one seed, before anything runs.
+    """Look for the data of one seed's cells, and have train.py's own parser read their settings, before anything runs.
 
     Raises:
-        ConfigurationError: with the first that it refuses.
+        ConfigurationError: with the first file that is not there, or settings that are refused.
     """
     from elsa_pl import cli  # here because it takes seconds, and --help needs none of it
 
+    cells = [cell for cell in cells if cell.place["seed"] == cells[0].place["seed"]]
+    for cell in cells:
+        for name, value in cell.config.get("data", {}).items():
+            given = str(value).replace("${data_root}", str(cell.config["data_root"]))
+            if name.endswith("_file") and value is not None and not Path(given).is_file():
+                raise ConfigurationError(f"{cell.name} needs data.{name}, and there is no {given}: correct --data_root")
     path = folder / "check.yaml"
     try:
         for cell in cells:
-            if cell.place["seed"] != cells[0].place["seed"]:
-                continue
             cell.write(path)
             said = io.StringIO()
             try:

@@ -138,9 +138,9 @@ class HierarchicalStrategy(RpcStrategy):
             raise ConfigurationError(
                 f"aggregator={ALONE!r} is a comparison within one process; got layout={layout!r}: set layout to single"
             )
-        if aggregator == "stacked" and not reset_optimizer:
+        if aggregator in MERGE_PRODUCTS and not reset_optimizer:
             raise ConfigurationError(
-                "aggregator=stacked begins each round with fresh adapters, which the optimizer states that"
+                f"aggregator={aggregator} gives each round other factors, which the optimizer states that"
                 " reset_optimizer=false keeps do not fit: leave it out"
             )
         if layout == "site" and (role is None or (name is None and role != "cloud")):
