@@ -1,9 +1,12 @@
 """Where a run's parts are does not change its numbers: one process, several, or torchrun's."""
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
+from lightning.pytorch.callbacks import Callback
 
 from tests.runs import (
     ROOT,
@@ -84,6 +87,22 @@ def test_our_launcher_gives_the_same_numbers(tmp_path: Path, settings: Settings,
 def test_tiers_give_the_same_numbers(hosts: int, tmp_path: Path, settings: Settings, single: Run) -> None:
     settings = {**settings, **TIERS, "strategy.num_hosts": hosts}
     assert_same_run(run_forked(tmp_path / "runs", "run", settings, 1 + hosts), single, hosts=hosts)
+
+
+class LateCloud(Callback):
+    """The first process begins each round well after the others."""
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            time.sleep(2.0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_late_cloud_gives_the_same_numbers(tmp_path: Path, settings: Settings, single: Run) -> None:
+    """Nobody steps at an edge that has the optimizer states of the round before."""
+    settings = {**settings, **TIERS, "trainer.callbacks": [{"class_path": "tests.test_layouts.LateCloud"}]}
+    assert_same_run(run_forked(tmp_path / "runs", "run", settings, 2), single)
 
 
 @pytest.mark.slow

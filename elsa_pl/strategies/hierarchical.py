@@ -559,12 +559,16 @@ class HierarchicalStrategy(RpcStrategy):
         sent = before if mean is None else self.rounds.encode(mean, before)
         sent = cast(Mapping[str, Tensor], self.broadcast(sent if self.is_global_zero else None))
         self._module.load_global_adapters(self.rounds.decode(sent, before))
+        self._hand_on()
+        return sent
+
+    def _hand_on(self) -> None:
+        """The module's adapters become those of the clients and sessions in this process; links are fitted to them."""
         fitted = self.fleet.fit_links()
         self._module.start_links(fitted)
         self.rounds.load({**fitted, **self._module.global_adapters()})
         if self._module.trainer.state.fn == TrainerFn.FITTING:
             self.rounds.count_fitted(fitted)
-        return sent
 
     def finish_edge_round(self, round_number: int, edge_round: int, *, last: bool) -> None:
         """Average at the edges, and after the ``last`` edge round at the cloud; all go on from the mean."""
@@ -575,15 +579,17 @@ class HierarchicalStrategy(RpcStrategy):
                 self.publish()  # to nobody, but replicas that were made anew need what their clients have
             return
         mean = self.rounds.finish_edge_round((round_number, edge_round), self.participants(round_number), last=last)
-        if self._module.stacks and mean is not None:
-            self._module.absorb(mean, round_number)
-        if last:
+        if not last:
+            return
+        if self._module.stacks:  # what is merged is sent, and everybody merges it; fresh adapters come from the seed
+            sent = cast(Mapping[str, Tensor], self.broadcast(mean))
+            self._module.absorb(sent, round_number)
             self.fleet.place()
-            if self._module.stacks:  # what was merged is sent; fresh adapters come from the seed
-                self.publish()
-                self.rounds.count_published(cast(Mapping[str, Tensor], self.broadcast(mean)), whole=True)
-            else:
-                self.rounds.count_published(self.publish(mean))
+            self._hand_on()
+            self.rounds.count_published(sent, whole=True)
+        else:
+            self.fleet.place()
+            self.rounds.count_published(self.publish(mean))
 
     def aggregate(self, scope: Scope, updates: list[Update], final: bool = True) -> Update | None:
         """The aggregation hook: callbacks may change weights or drop updates, then the aggregator merges the rest.

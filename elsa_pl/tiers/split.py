@@ -465,6 +465,7 @@ class SplitModel(LinkedModel):
     def on_train_epoch_start(self) -> None:
         if self._strategy.reset_optimizer:
             self._strategy.rounds.reset_optimizers()
+            self._strategy.barrier()  # nobody steps at an edge that has the states of the round before
 
     def training_step(self, batch: dict[str, list[dict[str, Tensor]]], batch_idx: int) -> None:
         """One local step of each client in ``batch``."""
