@@ -215,7 +215,7 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
     assert config["data"]["alpha"] == 0.3
     assert config["data"]["batch_size"] == 2
     assert config["trainer"]["strategy"]["init_args"]["local_steps"] == 2
-    assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 2
+    assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 10
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
     assert names == ["LatencyAwareAssignment", "LinkProjection"]
 
