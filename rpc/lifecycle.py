@@ -13,10 +13,12 @@ import json
 import logging
 import os
 import platform
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch.distributed as dist
@@ -31,6 +33,7 @@ log = logging.getLogger(__name__)
 Transport = Literal["auto", "uv", "shm"]
 
 _POLL_S = 0.05
+_FIRST_PORT, _PORT_TRIES = 10_000, 100
 _met: tuple[dist.Store, "Address"] | None = None
 # shm burns about half a core per idle process (it busy-polls), so it needs cores to spare.
 _CORES_PER_PROCESS_FOR_SHM = 4
@@ -47,13 +50,36 @@ class Address:
 
 
 def free_port() -> int:
-    """Return a port of the loopback interface that nobody listens on."""
+    """Return a port of the loopback interface that nobody listens on.
+
+    Not one of those that the system hands out by itself: before its owner listens, any connection of another program
+    could be given it, even one of those that already try to reach it.
+
+    Raises:
+        LaunchError: none of many was free.
+    """
     import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    draw = random.SystemRandom()  # seeded runs that start together must not draw alike
+    for _ in range(_PORT_TRIES):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", draw.randrange(_FIRST_PORT, _first_ephemeral_port())))
+            except OSError:
+                continue
+            port: int = probe.getsockname()[1]
+            return port
+    raise LaunchError(
+        f"found no free port in {_PORT_TRIES} tries between {_FIRST_PORT} and {_first_ephemeral_port() - 1}: name one"
+        " (trainer.strategy.init_args.port)"
+    )
+
+
+def _first_ephemeral_port() -> int:
+    """The lowest port that the system hands out by itself."""
+    settings = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    lowest = int(settings.read_text().split()[0]) if settings.exists() else 49152  # IANA's
+    return max(lowest, 2 * _FIRST_PORT)
 
 
 def meet(

@@ -43,14 +43,16 @@ def torchrun(node: int, num_nodes: int, port: int, arguments: list[str]) -> subp
 
 
 def wait_for(processes: list[subprocess.Popen[str]]) -> list[str]:
-    """Outputs of processes that all must succeed; none is left behind."""
-    try:
-        outputs = [process.communicate(timeout=TIMEOUT_S)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(outputs)
+    """Outputs of processes that all must succeed within a time for all; none is left behind."""
+    deadline = time.monotonic() + TIMEOUT_S
+    outputs = []
+    for process in processes:
+        try:
+            outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0])
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun passes it on; killed, it would leave its own process behind
+            outputs.append(process.communicate()[0] + f"\nended after {TIMEOUT_S} s")
+    assert [process.returncode for process in processes] == [0] * len(processes), "\n--- ".join(outputs)
     return outputs
 
 

@@ -5,6 +5,7 @@ import threading
 import time
 import types
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -77,6 +78,25 @@ def test_port_in_use() -> None:
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=f"could not listen on 127.0.0.1:{port}; another program"):
             meet(Address("127.0.0.1", port, 0, 1), "cloud", "cloud", 2.0)
+
+
+def test_free_ports_are_not_those_that_the_system_hands_out() -> None:
+    """Else any connection could take one before its owner listens."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        handed_out = probe.getsockname()[1]
+    lowest = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    if lowest < 20_000:
+        pytest.skip("this machine hands out nearly all ports")
+    assert handed_out >= lowest, "the system keeps to its range, or this shows nothing"
+    ports = {free_port() for _ in range(50)}
+    assert max(ports) < lowest
+    assert len(ports) > 40, "drawn at random, for runs that start together"
+    (taken, *_) = ports
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", taken))
+        listener.listen()
+        assert taken not in {free_port() for _ in range(200)}
 
 
 def test_same_name_twice() -> None:
