@@ -64,7 +64,8 @@ class SplitModel(LinkedModel):
             first directions of the global adapters only. They take the aggregator ``exact`` or ``stacked``.
         token_pooling: at each of the cuts ``first``: only the state of each text's first token goes on, so that nothing
             else crosses the link; a number n: and the means of n following tokens each; None: all tokens. For
-            classification with encoders; on the uplink, fronts of half the blocks or more learn as well with it.
+            classification with encoders. On the uplink, a number and a front of half the blocks or more learn as well
+            as all tokens; ``first`` alone, or a shallow front, may learn much less.
         lora: rank, alpha, dropout and target modules of the adapters.
         optimizer: builds each tier's optimizer.
         lr_schedule: factor on the learning rate over the whole run.
