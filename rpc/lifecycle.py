@@ -61,22 +61,22 @@ def free_port() -> int:
     import socket
 
     draw = random.SystemRandom()  # seeded runs that start together must not draw alike
-    for _ in range(_PORT_TRIES):
+    ports = range(_FIRST_PORT, _first_ephemeral_port())
+    for port in draw.sample(ports, _PORT_TRIES):
         with socket.socket() as probe:
             try:
-                probe.bind(("127.0.0.1", draw.randrange(_FIRST_PORT, _first_ephemeral_port())))
+                probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-            port: int = probe.getsockname()[1]
             return port
     raise LaunchError(
-        f"found no free port in {_PORT_TRIES} tries between {_FIRST_PORT} and {_first_ephemeral_port() - 1}: name one"
+        f"found no free port in {_PORT_TRIES} tries between {ports[0]} and {ports[-1]}: name one"
         " (trainer.strategy.init_args.port)"
     )
 
 
 def _first_ephemeral_port() -> int:
-    """The lowest port that the system hands out by itself."""
+    """The lowest port that the system hands out by itself; a higher one where it hands out nearly all."""
     settings = Path("/proc/sys/net/ipv4/ip_local_port_range")
     lowest = int(settings.read_text().split()[0]) if settings.exists() else 49152  # IANA's
     return max(lowest, 2 * _FIRST_PORT)

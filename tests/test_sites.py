@@ -46,12 +46,18 @@ def wait_for(processes: list[subprocess.Popen[str]]) -> list[str]:
     """Outputs of processes that all must succeed within a time for all; none is left behind."""
     deadline = time.monotonic() + TIMEOUT_S
     outputs = []
-    for process in processes:
-        try:
-            outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0])
-        except subprocess.TimeoutExpired:
-            process.terminate()  # torchrun passes it on; killed, it would leave its own process behind
-            outputs.append(process.communicate()[0] + f"\nended after {TIMEOUT_S} s")
+    try:
+        for process in processes:
+            try:
+                outputs.append(process.communicate(timeout=max(0.1, deadline - time.monotonic()))[0])
+            except subprocess.TimeoutExpired:
+                for late in processes:
+                    late.terminate()  # torchrun passes it on; killed, it would leave its own process behind
+                outputs.append(process.communicate(timeout=35)[0] + f"\nended after {TIMEOUT_S} s")
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
     assert [process.returncode for process in processes] == [0] * len(processes), "\n--- ".join(outputs)
     return outputs
 

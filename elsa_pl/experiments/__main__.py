@@ -193,6 +193,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped; what has ended is kept, and the same command goes on from there", file=sys.stderr)
         code = 130
+        before.clear()  # a second Ctrl-C stays ignored until the process has ended
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
