@@ -204,7 +204,8 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
         methods={
             "elsa": {
                 "config": str(ROOT / "configs/methods/elsa.yaml"),
-                "without": ["BehaviorClustering", "LinkQuantization"],
+                "without": ["LinkQuantization"],
+                "add": [{"class_path": "TrustScoring", "init_args": {"min_trust": 0.2}}],
                 "set": {"data.alpha": 0.3},
             }
         },
@@ -217,7 +218,8 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
     assert config["trainer"]["strategy"]["init_args"]["local_steps"] == 2
     assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 10
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
-    assert names == ["LatencyAwareAssignment", "LinkProjection"]
+    assert names == ["TrustScoring", "BehaviorClustering", "LatencyAwareAssignment", "LinkProjection"]
+    assert config["trainer"]["callbacks"][0]["init_args"] == {"min_trust": 0.2}
 
 
 def test_cells_are_known_by_their_settings() -> None:
@@ -254,7 +256,12 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     (
         "without",
         {"methods": {"x": {"config": str(ROOT / "configs/methods/elsa.yaml"), "without": ["Trust"]}}},
-        ["methods.x.without", "'Trust'", "BehaviorClustering"],
+        ["methods.x.without", "'Trust'", "LinkProjection"],
+    ),
+    (
+        "add",
+        {"methods": {"x": {"config": str(ROOT / "configs/methods/elsa.yaml"), "add": ["TrustScoring"]}}},
+        ["methods.x.add", "{class_path: TrustScoring}", "'TrustScoring'"],
     ),
     ("setting", {"settings": {"model.lora.rnk": 4}}, ["rnk"]),
     (

@@ -4,9 +4,10 @@
     data_sets: {trec: ../experiments/trec.yaml}       name: a configuration of train.py
     methods:
       fedavg: {config: ../methods/fedavg.yaml}        what it changes in that
-      elsa-without-clustering:
+      elsa-otherwise:
         config: ../methods/elsa.yaml
-        without: [BehaviorClustering]                 callbacks that are taken out
+        without: [LinkProjection]                     callbacks that are taken out
+        add: [{class_path: TrustScoring}]             callbacks that come before the others
         set: {data.batch_size: 4}                     settings, which count last
     cases: {faulty-25: {data.faulty_fraction: 0.25}}  settings, for all methods alike
     seeds: [0, 1, 2]
@@ -48,7 +49,7 @@ _KEYS: dict[str, type] = {
     "sizes": dict,
     "skip": list,
 }
-_METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "set": dict}
+_METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "add": list, "set": dict}
 _SKIP_KEYS: dict[str, type] = {"method": str, "data_set": str, "case": str}
 _FORMS: dict[type, str] = {str: "a text", list: "a list", dict: "names with values"}
 _NAME = re.compile(r"[\w.+-]+")
@@ -68,6 +69,9 @@ class Method:
 
     without: tuple[str, ...] = ()
     """Callbacks that are taken out."""
+
+    add: tuple[Settings, ...] = ()
+    """Callbacks that come before the others, each with its ``class_path``."""
 
     settings: Settings = field(default_factory=dict)
     """Settings by their names on the command line."""
@@ -147,17 +151,16 @@ class Suite:
         for settings in (self.settings, self.cases[case], chosen.settings):
             for name, value in settings.items():
                 put(config, name, value)
-        if chosen.without:
-            callbacks = config.get("trainer", {}).get("callbacks") or []
+        if chosen.without or chosen.add:
+            callbacks = config.setdefault("trainer", {}).get("callbacks") or []
             names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
             if missing := set(chosen.without) - set(names):
                 raise ConfigurationError(
                     f"methods.{method}.without names {sorted(missing)}; {chosen.config} has the callbacks {names}:"
                     " correct the names"
                 )
-            config["trainer"]["callbacks"] = [
-                callback for callback, name in zip(callbacks, names, strict=True) if name not in chosen.without
-            ]
+            kept = [callback for callback, name in zip(callbacks, names, strict=True) if name not in chosen.without]
+            config["trainer"]["callbacks"] = [*map(dict, chosen.add), *kept]
         return config
 
 
@@ -199,6 +202,7 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
             config=_file(path, f"{where}.config", given.get("config")),
             about=given.get("about", ""),
             without=tuple(given.get("without", ())),
+            add=_callbacks(f"{where}.add of {path}", given.get("add", [])),
             settings=given.get("set", {}),
         )
     suite = Suite(
@@ -286,6 +290,16 @@ def _file(suite: Path, where: str, given: object) -> Path:
     if given is None or not path.is_file():
         raise ConfigurationError(f"{where} of {suite} must be a file; got {given!r}: paths start at the suite's folder")
     return path
+
+
+def _callbacks(where: str, given: list[object]) -> tuple[Settings, ...]:
+    for callback in given:
+        if not isinstance(callback, dict) or not isinstance(callback.get("class_path"), str):
+            raise ConfigurationError(
+                f"{where}: expected callbacks such as {{class_path: TrustScoring}}; got {callback!r}: see the top of"
+                " elsa_pl/experiments/suites.py"
+            )
+    return tuple(given)  # type: ignore[arg-type]  # as was just seen
 
 
 def _require(where: str, given: object, known: Mapping[str, type] | None = None) -> dict[str, Any]:
