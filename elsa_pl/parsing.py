@@ -89,6 +89,9 @@ class SettingsParser(LightningArgumentParser):
     def _parse_common(self, cfg: Namespace, *args: Any, **kwargs: Any) -> Namespace:
         self.given = cfg.clone()  # the last place at which jsonargparse has them
         command = cfg.get("subcommand")
+        for group in self.groups or {}:  # such as data and model.lora: jsonargparse ignores what has no names there
+            if (value := cfg.get(group)) is not None and not isinstance(value, Namespace | dict):
+                raise ConfigurationError(f"expected settings in {group}; got {value!r}: give them names, {group}.NAME")
         if command is not None and "${" in str(cfg):
             cfg[command] = _refer_below(cfg[command], command)
         try:

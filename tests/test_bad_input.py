@@ -251,6 +251,23 @@ def test_what_does_not_parse(
     assert [path.name for path in workdir.iterdir()] == ["unknown_key.yaml"]
 
 
+@pytest.mark.parametrize(
+    ("content", "words"), [("data: [1]", ["data", "[1]"]), ("model: {lora: 5}", ["model.lora", "5"])]
+)
+def test_settings_without_names(
+    content: str,
+    words: list[str],
+    folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """jsonargparse would go on without them."""
+    path = tmp_path_factory.mktemp("else") / "unnamed.yaml"
+    path.write_text(content + "\n")
+    assert cli.main([*basics(), "--config", str(path)]) == 1
+    the_error(*capfd.readouterr(), [*words, "give them names"])
+
+
 def test_advice_on_a_partition_can_be_followed(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     skewed = [*basics(), "--data.partition", "dirichlet", "--data.alpha", "0.001"]
     assert cli.main(skewed) == 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,16 @@ SUITES = ROOT / "configs" / "suites"
 COMMAND = [sys.executable, "-m", "elsa_pl.experiments"]
 
 
+FEDAVG = {"config": str(ROOT / "configs" / "methods" / "fedavg.yaml")}
+
+
 def write_suite(folder: Path, **changes: Any) -> Path:
     """A suite of two methods on the smallest data set; its paths start at its own folder."""
     suite = {
         "title": "two",
         "data_sets": {"helpdesk": str(ROOT / "configs" / "experiments" / "smoke.yaml")},
         "methods": {
-            "fedavg": {"config": str(ROOT / "configs" / "methods" / "fedavg.yaml")},
+            "fedavg": FEDAVG,
             "sfl": {"config": str(ROOT / "configs" / "methods" / "sfl.yaml")},
         },
         "settings": {"trainer.strategy.local_steps": 2},
@@ -157,6 +161,61 @@ def test_the_table_keeps_what_is_not_chosen(tmp_path: Path, capsys: pytest.Captu
     assert not list(tmp_path.glob("out/two/check.yaml"))
 
 
+def test_no_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Runs that the suite no longer has, as it or elsa_pl changed, stay in a table of their own."""
+    out = tmp_path / "out"
+    for alpha in (0.1, 0.2):
+        path = write_suite(tmp_path, methods={"fedavg": FEDAVG}, settings={"data.alpha": alpha})
+        for cell in cells_of(load_suite(path), Path("data").resolve()):
+            write_run(out / "cells", cell)
+        assert run(path, out) == 0
+    (old,) = out.glob("two/results-*.csv")
+    said = capsys.readouterr().out
+    assert f"kept as {old}" in said
+    assert said.count("kept as") == 1
+    assert not set(pd.read_csv(old).run) & set(read_results(out / "two").run)
+    assert len(list(out.glob("two/suite-*.json"))) == 1
+
+
+def test_failures_stay_in_the_table(tmp_path: Path) -> None:
+    """Until their runs have ended well: with their errors, whatever is chosen to run now."""
+    path, out = write_suite(tmp_path), tmp_path / "out"
+    good, bad = cells_of(load_suite(path), Path("data").resolve())
+    write_run(out / "cells", good)
+    (out / "two").mkdir(parents=True)
+    write_results(out / "two", {}, [Outcome(bad, error="error: too large")])
+    assert run(path, out, "--methods", "fedavg") == 0, "sfl was not chosen"
+    table = read_results(out / "two").drop_duplicates("method")
+    assert table[["method", "status", "error"]].to_numpy().tolist() == [
+        ["fedavg", "done", ""],
+        ["sfl", "failed", "error: too large"],
+    ]
+    page = (out / "two" / "report.html").read_text()
+    assert "too large" in page
+    assert f"../cells/{bad.folder}/output.log" in page
+    write_run(out / "cells", bad)
+    assert run(path, out) == 0
+    assert set(read_results(out / "two").status) == {"done"}
+
+
+@pytest.mark.parametrize("metrics", ["", "epoch,step,val_accuracy\n0,0,1\n", None])
+def test_a_run_without_figures_has_failed(
+    metrics: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And the others count."""
+    path, out = write_suite(tmp_path), tmp_path / "out"
+    for cell in cells_of(load_suite(path), Path("data").resolve()):
+        write_run(out / "cells", cell)
+    (broken,) = out.glob("cells/*sfl*/time/metrics.csv")
+    broken.unlink() if metrics is None else broken.write_text(metrics)
+    assert run(path, out) == 1
+    assert "1 of 2 runs ended well" in capsys.readouterr().out
+    table = read_results(out / "two").drop_duplicates("method").set_index("method")
+    assert dict(table.status) == {"fedavg": "done", "sfl": "failed"}
+    assert str(broken.parent) in table.error["sfl"]
+    assert "CSVLogger" in table.error["sfl"]
+
+
 def test_settings_are_checked_for_any_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Also without the suite's first one: of that there would be no cell to check."""
     path = write_suite(tmp_path, seeds=[0, 1], settings={"model.lora.rnk": 4})
@@ -245,6 +304,8 @@ def test_suites_of_the_project_parse(path: Path, tmp_path: Path) -> None:
     assert f"python -m elsa_pl.experiments run configs/suites/{path.name}" in path.read_text()
 
 
+ELSA = str(ROOT / "configs/methods/elsa.yaml")
+
 BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("key", {"metods": {}}, ["unknown key 'metods'", "methods"]),
     ("method-file", {"methods": {"x": {"config": "none.yaml"}}}, ["methods.x.config", "none.yaml", "suite's folder"]),
@@ -282,6 +343,22 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("without-one", {"methods": {"x": {"config": "a", "without": "SSOP"}}}, ["methods.x", "without must be a list"]),
     ("name", {"cases": {"a/b": {}}}, ["name of letters", "'a/b'"]),
     ("name-number", {"cases": {0.1: {}}}, ["name of letters", "0.1"]),
+    ("without-text", {"methods": {"x": {"config": ELSA, "without": [{"a": 1}]}}}, ["without", "{'a': 1}"]),
+    ("setting-number", {"settings": {3: 4}}, ["settings", "expected names such as data.alpha; got 3"]),
+    ("setting-date", {"settings": {"name_": date(2026, 1, 2)}}, ["name_", "a date needs quotes"]),
+    ("setting-seed", {"cases": {"x": {"seed_everything": 3}}}, ["cases.x", "the suite's seeds"]),
+    (
+        "callbacks",
+        {"methods": {"x": {"config": ELSA, "without": ["SSOP"], "set": {"trainer.callbacks": "SSOP"}}}},
+        ["trainer.callbacks of methods.x", "got 'SSOP'"],
+    ),
+]
+
+ELSE: list[tuple[str, bytes, list[str]]] = [
+    ("no-text", b"\xff\xfe", ["is no YAML"]),
+    ("interpolation", b"data: {alpha: '${nope'}", ["make no configuration", "${nope"]),
+    ("list", b"trainer: [1]", ["make no configuration"]),
+    ("no-data", b"data: [1]", ["data"]),
 ]
 
 
@@ -299,12 +376,24 @@ def test_bad_suites(
     assert not list((tmp_path / "out").glob("cells/*"))
 
 
+@pytest.mark.parametrize(("content", "words"), [case[1:] for case in ELSE], ids=[case[0] for case in ELSE])
+def test_bad_files_of_data_sets(
+    content: bytes, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.yaml").write_bytes(content)
+    assert run(write_suite(tmp_path, data_sets={"x": "bad.yaml"}), tmp_path / "out") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    for word in words:
+        assert word in printed
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [
         (["--methods", "elza"], ["--methods", "'elza'", "fedavg, sfl"]),
         (["--data_sets", "trec"], ["'trec'", "helpdesk"]),
-        (["--seeds", "7"], ["no such runs", "[0]"]),
+        (["--seeds", "0", "7"], ["--seeds", "unknown seed 7", "there are 0"]),
         (["--size", "huge"], ["'cpu'", "'huge'"]),
         (["--output", __file__], ["cannot make", "give another --output"]),
     ],

@@ -154,6 +154,24 @@ def test_without_flower_there_is_a_way_on(monkeypatch: pytest.MonkeyPatch) -> No
         command.main()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--num_clients", "0"], "expected --num_clients >= 1, got 0"),
+        (["--rounds", "2"], "expected --rounds >= 3, got 2"),
+        (["--seeds", "1", "1"], r"expected seeds that differ, got \[1, 1\]"),
+    ],
+)
+def test_sizes_that_cannot_be_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    monkeypatch.setattr(command, "missing", list)
+    monkeypatch.setattr(sys, "argv", ["benchmarks.flower", "--data_root", "data", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert re.search(error, capsys.readouterr().err)
+
+
 def still_runs(pid: int) -> bool:
     return psutil.pid_exists(pid) and bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
 

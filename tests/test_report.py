@@ -289,6 +289,36 @@ def test_a_suite_in_which_all_failed(tmp_path: Path) -> None:
     assert "Failed runs" in page
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "error"),
+    [
+        ("suite.json", None, "no suite.json: run the suite first"),
+        ("suite.json", '{"format": 1, "title": 3}', "expected title to be of type str; got 3"),
+        ("results.csv", None, "expected a suite's table"),
+        ("suite.json", ("elsa", "other"), "has the method 'elsa', and suite.json has not"),
+        ("results.csv", ("1000000.0", "many"), "is no suite's table: .*many.*: move it away"),
+    ],
+)
+def test_a_folder_that_is_no_suite(
+    suite_dir: Path, tmp_path: Path, name: str, content: str | tuple[str, str] | None, error: str
+) -> None:
+    shutil.copytree(suite_dir, tmp_path / "suite")
+    path = tmp_path / "suite" / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_text(content if isinstance(content, str) else path.read_text().replace(*content))
+    with pytest.raises(ConfigurationError, match=error):
+        write_suite_report(tmp_path / "suite")
+
+
+@pytest.mark.parametrize(("summary", "error"), [("{", "is no summary of a run"), ("{}", "lacks rounds, seed, seconds")])
+def test_a_summary_that_is_none(tmp_path: Path, summary: str, error: str) -> None:
+    (tmp_path / "summary.json").write_text(summary)
+    with pytest.raises(ConfigurationError, match=error):
+        write_run_report(tmp_path)
+
+
 def test_a_table_of_another_format(suite_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(suite_dir, tmp_path / "suite")
     (tmp_path / "suite" / "suite.json").write_text(json.dumps({"format": 2}))

@@ -1,13 +1,14 @@
 """The same federated run in Flower and in this project: accuracy, seconds and bytes.
 
     python -m benchmarks.flower --data_root DATA_ROOT [--seeds 0 1 2] [--rounds 10] [--output runs/flower]
+        [--num_clients 10] [--local_steps 5] [--batch_size 16]
 
 FedAvg of LoRA adapters and the head on TREC: MiniLM uncut on the client, LoRA of rank 8, 10 clients with
-Dirichlet(0.5) labels, 5 local steps of 16 texts a round, AdamW at 3e-3, made anew in each round. Clients have the same
-texts, batches and initial adapters in both systems. What differs is everything else: processes, messages, rounds,
-averages (Flower sums in float32 in the order of arrival, this project in float64 in the order of clients). Flower runs
-in its simulation with two Ray actors of one CPU; this project in layout tiers with two hosts and one thread each.
-Processes beside them wait while clients train.
+Dirichlet(0.5) labels, 5 local steps of 16 texts a round unless told otherwise, AdamW at 3e-3, made anew in each round.
+Clients have the same texts, batches and initial adapters in both systems. What differs is everything else: processes,
+messages, rounds, averages (Flower sums in float32 in the order of arrival, this project in float64 in the order of
+clients). Flower runs in its simulation with two Ray actors of one CPU; this project in layout tiers with two hosts and
+one thread each. Processes beside them wait while clients train.
 
 The two take turns, seed by seed. Seconds of a round are those of training and averaging, without evaluation, which
 Flower does in one process and this project in two, and without checkpoints; the first round is left out, because
@@ -34,6 +35,13 @@ from benchmarks.flower.task import Task, local_training
 from elsa_pl.callbacks import drawing
 from elsa_pl.export import new_folder
 
+SIZES = {
+    "num_clients": "clients, all in every round",
+    "local_steps": "steps of a client in a round",
+    "batch_size": "texts in a step",
+}
+"""What can be had otherwise: of many small steps a system's own share is larger."""
+
 
 def missing(modules: Iterable[str] = ("flwr", "ray")) -> list[str]:
     """Those of the modules that are not installed."""
@@ -45,20 +53,27 @@ def main() -> None:
     parser.add_argument("--data_root", type=Path, required=True, help="folder of trec/")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="one run of each system for each")
     parser.add_argument("--rounds", type=int, default=Task.num_rounds, help="at least 3 (default: %(default)s)")
+    for name, what in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, default=getattr(Task, name), help=f"{what} (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("runs/flower"), help="where the runs go")
     args = parser.parse_args()
     if absent := missing():
         raise SystemExit(f"error: {' and '.join(absent)} not installed: pip install -e '.[flower]'")
     if args.rounds < 3:
         parser.error(f"expected --rounds >= 3, got {args.rounds}: the first one is left out of the times")
+    sizes = {name: getattr(args, name) for name in SIZES}
+    for name, size in sizes.items():
+        if size < 1:
+            parser.error(f"expected --{name} >= 1, got {size}")
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"expected seeds that differ, got {args.seeds}")
     if not (train := args.data_root / "trec" / "train.csv").is_file():
         parser.error(f"expected {train}: see configs/trec.yaml for what it holds")
     output = new_folder(args.output.resolve(), "")
     found: dict[str, dict[int, Outcome]] = {system: {} for system in RUN}
-    for seed in args.seeds:
-        task = Task(data_root=str(args.data_root.resolve()), seed=seed, num_rounds=args.rounds)
+    data_root = str(args.data_root.resolve())
+    tasks = {seed: Task(data_root=data_root, seed=seed, num_rounds=args.rounds, **sizes) for seed in args.seeds}
+    for seed, task in tasks.items():
         for system, run in RUN.items():
             folder = output / f"{system}-{seed}"
             folder.mkdir(parents=True)
@@ -68,14 +83,16 @@ def main() -> None:
                 f" test {100 * outcome.test_accuracy:.2f}%, {report.spread(outcome.round_s[1:], 2)} s a round",
                 flush=True,
             )
-    alone = local_training(Task(data_root=str(args.data_root.resolve()), seed=args.seeds[0])).round_cpu_s()
+    alone = local_training(tasks[args.seeds[0]]).round_cpu_s()
+    what = ", ".join(f"{name} {size}" for name, size in sizes.items())
     needed = f"The local steps of a round alone, one client after another in one process: {alone:.2f} CPU s"
     tables = [report.cost_table(found), needed, report.accuracy_table(found), report.distance_table(found)]
     text = "\n\n".join(tables)
-    print(f"\nmedian (range) over rounds and seeds\n\n{text}\n")
-    (output / "tables.txt").write_text(text + "\n")
+    text = f"{what}: median (range) over rounds and seeds\n\n{text}\n"
+    print(f"\n{text}")
+    (output / "tables.txt").write_text(text)
     rows = [
-        {"system": system, "seed": seed, **asdict(outcome), "folder": outcome.folder.name}
+        {"system": system, "seed": seed, **sizes, **asdict(outcome), "folder": outcome.folder.name}
         for system, runs in found.items()
         for seed, outcome in runs.items()
     ]

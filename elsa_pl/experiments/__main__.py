@@ -7,13 +7,13 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
 from elsa_pl.errors import ConfigurationError, ElsaError
 from elsa_pl.experiments.cells import Cell, Outcome, find_run, run_cells
-from elsa_pl.experiments.results import check_folder, write_results
+from elsa_pl.experiments.results import check_folder, checked, failed_before, set_aside, write_results
 from elsa_pl.experiments.suites import CELLS_FOLDER, CPU_SIZE, Suite, choose, load_suite
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -42,7 +42,8 @@ def check(cells: Sequence[Cell], folder: Path) -> None:
 
     cells = [cell for cell in cells if cell.place["seed"] == cells[0].place["seed"]]
     for cell in cells:
-        for name, value in cell.config.get("data", {}).items():
+        data = cell.config.get("data")
+        for name, value in data.items() if isinstance(data, Mapping) else ():
             given = str(value).replace("${data_root}", str(cell.config["data_root"]))
             if name.endswith("_file") and value is not None and not Path(given).is_file():
                 raise ConfigurationError(f"{cell.name} needs data.{name}, and there is no {given}: correct --data_root")
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> int:
         ("method", args.methods, suite.methods),
         ("data_set", args.data_sets, suite.data_sets),
         ("case", args.cases, suite.cases),
+        ("seed", args.seeds, suite.seeds),
     ):
         choose("--" + kind + "s", kind, given or [], known)
     output: Path = args.output.resolve()
@@ -84,14 +86,14 @@ def run(args: argparse.Namespace) -> int:
     cells = cells_of(suite, args.data_root.resolve())
     chosen = [cell for cell in cells if all(not names or cell.place[kind] in names for kind, names in wanted.items())]
     if not chosen:
-        raise ConfigurationError(f"{args.suite} has no such runs: it has seeds {list(suite.seeds)}")
+        raise ConfigurationError(f"{args.suite} has no such runs: its rules of skip leave them out")
     # all that there is of the suite goes into its table, whatever is chosen to run now
-    outcomes = {
-        cell.digest: Outcome(cell, found)
+    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(folder, cells)} | {
+        cell.digest: checked(Outcome(cell, found))
         for cell in cells
         if (found := find_run(output / CELLS_FOLDER, cell)) is not None
     }
-    left = {cell.digest for cell in chosen} - set(outcomes)
+    left = {cell.digest for cell in chosen if cell.digest not in outcomes or outcomes[cell.digest].run is None}
     check([cell for cell in chosen if cell.digest in left], folder)
     start, ran, total = time.monotonic(), 0, len({cell.digest for cell in chosen})
     print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
@@ -103,7 +105,7 @@ def run(args: argparse.Namespace) -> int:
         if outcome.cell.digest not in left:
             return
         left.remove(outcome.cell.digest)
-        outcomes[outcome.cell.digest] = outcome
+        outcomes[outcome.cell.digest] = outcome = checked(outcome)
         write()
         ran += 1
         remaining_s = (time.monotonic() - start) / ran * len(left)
@@ -118,10 +120,14 @@ def run(args: argparse.Namespace) -> int:
         ]
         write_results(folder, {**suite.describe(), "num_runs": len(cells)}, found)
 
+    if (old := set_aside(folder, outcomes)) is not None:
+        print(
+            f"the table there was had runs that the suite as it is now does not have: it is kept as {old}", flush=True
+        )
     if outcomes:
         write()
     run_cells(chosen, output / CELLS_FOLDER, args.jobs, done)
-    failed = [outcome for outcome in outcomes.values() if outcome.run is None]  # only what is chosen can have
+    failed = {cell.digest for cell in chosen if outcomes[cell.digest].run is None}
     print(f"{total - len(failed)} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
     report_on(folder)
     return 1 if failed else 0

@@ -44,7 +44,7 @@ class Cell:
     @property
     def digest(self) -> str:
         """Of its settings and of the version that runs them: what makes two cells the same, whatever their names."""
-        settings = json.dumps([version("elsa_pl"), self.config], sort_keys=True)
+        settings = json.dumps([version("elsa_pl"), self.config], sort_keys=True, default=str)
         return hashlib.sha256(settings.encode()).hexdigest()[:10]
 
     @property

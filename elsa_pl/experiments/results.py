@@ -2,14 +2,16 @@
 
 import functools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.experiments.cells import Outcome
+from elsa_pl.experiments.cells import Cell, Outcome
+from elsa_pl.experiments.suites import CELLS_FOLDER
 
 FORMAT = 1
 """Of a suite's folder; another one is refused."""
@@ -19,9 +21,22 @@ COLUMNS = (
     *("train_loss", "val_loss", "val_accuracy", "test_accuracy", "bytes", "seconds", "simulated_s", "peak_bytes"),
 )
 """``bytes``, ``seconds`` and ``simulated_s`` are totals up to the round, training only; ``test_accuracy`` stands in the
-round whose adapters were tested, and ``peak_bytes``, the first process' memory, in the last."""
+round whose adapters were tested, and ``peak_bytes``, the first process' memory, in the last. ``run`` is the folder of a
+run, from the suite's; that of one that failed holds its ``output.log``."""
 
 _TEXTS = ("case", "data_set", "method", "status", "error", "run")
+
+_DESCRIPTION: dict[str, type] = {
+    "title": str,
+    "size": str,
+    "versions": dict,
+    "methods": dict,
+    "cases": dict,
+    "target_accuracy": dict,
+}
+"""What a report needs of ``suite.json``."""
+
+_ANEW = "move it away, and run the suite again, which takes what has ended from its runs"
 
 
 def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
@@ -33,9 +48,58 @@ def rows_of(outcome: Outcome, folder: Path) -> list[dict[str, Any]]:
     """
     place = {**outcome.cell.place, "status": "done" if outcome.run is not None else "failed", "error": outcome.error}
     if outcome.run is None:
-        return [place]
-    place["run"] = Path(*[".."] * 1, *outcome.run.relative_to(folder.parent).parts).as_posix()
+        return [{**place, "run": _folder_of_failed(outcome.cell)}]
+    place["run"] = Path("..", *outcome.run.relative_to(folder.parent).parts).as_posix()
     return [{**place, **figures} for figures in _figures(outcome.run)]
+
+
+def checked(outcome: Outcome) -> Outcome:
+    """The outcome, or a failed one if the figures of its run cannot be read."""
+    if outcome.run is None:
+        return outcome
+    try:
+        _figures(outcome.run)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        said = f"error: cannot read the figures in {outcome.run}: {error!r}: suites need metrics.csv of Lightning's"
+        return Outcome(outcome.cell, error=f"{said} CSVLogger; take trainer.logger out, or delete that folder")
+    return outcome
+
+
+def failed_before(folder: Path, cells: Iterable[Cell]) -> list[Outcome]:
+    """Those of the cells that failed when the table was written, with their errors."""
+    if not (folder / "results.csv").exists():
+        return []
+    table = read_results(folder)
+    errors = dict(table[table.status == "failed"][["run", "error"]].itertuples(index=False))
+    return [Outcome(cell, error=errors[place]) for cell in cells if (place := _folder_of_failed(cell)) in errors]
+
+
+def set_aside(folder: Path, digests: Container[str]) -> Path | None:
+    """Give the table another name if it has runs that the next one will not have, so that no figure is lost.
+
+    Args:
+        folder: of the suite.
+        digests: of the cells that the next table will have.
+
+    Returns:
+        Its new path; None if the table can be replaced.
+    """
+    path = folder / "results.csv"
+    if not path.exists():
+        return None
+    table = read_results(folder)
+    runs = table[table.status == "done"].run.unique()
+    if all(Path(run).parent.name.rpartition("-")[2] in digests for run in runs):
+        return None
+    written = datetime.fromtimestamp(path.stat().st_mtime)
+    for name in ("suite.json", "results.csv"):
+        old = folder / name
+        old.replace(moved := old.with_stem(f"{old.stem}-{written:%Y-%m-%d_%H-%M-%S}"))
+    return moved
+
+
+def _folder_of_failed(cell: Cell) -> str:
+    return f"../{CELLS_FOLDER}/{cell.folder}"
 
 
 @functools.cache
@@ -89,34 +153,63 @@ def check_folder(folder: Path) -> None:
     Raises:
         ConfigurationError: with both formats.
     """
+    if (folder / "suite.json").exists():
+        _read_description(folder)
+
+
+def read_suite(folder: Path) -> dict[str, Any]:
+    """What is said of a suite besides its table.
+
+    Raises:
+        ConfigurationError: no suite, another format, or something that a report needs is missing.
+    """
     path = folder / "suite.json"
-    if not path.exists():
-        return
-    try:
-        found = json.loads(path.read_text()).get("format")
-    except (ValueError, AttributeError) as error:
-        raise ConfigurationError(f"{path} is no suite's description: move the folder away, or give --output") from error
-    if found != FORMAT:
-        raise ConfigurationError(
-            f"{path} is of format {found!r}, and this version of elsa_pl writes format {FORMAT}: give another --output,"
-            " or use the version that wrote it"
-        )
+    if not path.is_file():
+        raise ConfigurationError(f"expected a suite in {folder}; got no suite.json: run the suite first")
+    found = _read_description(folder)
+    for name, kind in _DESCRIPTION.items():
+        if not isinstance(found.get(name), kind):
+            raise ConfigurationError(
+                f"{path}: expected {name} to be of type {kind.__name__}; got {found.get(name)!r}: run the suite again"
+            )
+    return found
 
 
 def read_results(folder: Path) -> pd.DataFrame:
     """The table of a suite, columns as in `COLUMNS`.
 
     Raises:
-        ConfigurationError: another format, no table, or columns that are missing.
+        ConfigurationError: another format, no table, columns that are missing, or texts in columns of numbers.
     """
     check_folder(folder)
     path = folder / "results.csv"
+    numbers = [name for name in COLUMNS if name not in _TEXTS]
     try:
         # names stay names: a case may be called 0.10, and a method none
-        numbers = {name: [""] for name in COLUMNS if name not in _TEXTS}
-        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=numbers)
-    except (OSError, ValueError) as error:
+        empty = {name: [""] for name in numbers}
+        table = pd.read_csv(path, dtype=dict.fromkeys(_TEXTS, str), keep_default_na=False, na_values=empty)
+        for name in numbers:
+            if name in table:
+                table[name] = pd.to_numeric(table[name])
+    except OSError as error:
         raise ConfigurationError(f"expected a suite's table in {path}; got: {error}: run the suite first") from error
+    except ValueError as error:
+        raise ConfigurationError(f"{path} is no suite's table: {error}: {_ANEW}") from error
     if missing := [name for name in COLUMNS if name not in table]:
-        raise ConfigurationError(f"{path} lacks the columns {', '.join(missing)}: run the suite again")
+        raise ConfigurationError(f"{path} lacks the columns {', '.join(missing)}: {_ANEW}")
     return table
+
+
+def _read_description(folder: Path) -> dict[str, Any]:
+    path = folder / "suite.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        format = found.get("format")
+    except (ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{path} is no suite's description: move the folder away, or give --output") from error
+    if format != FORMAT:
+        raise ConfigurationError(
+            f"{path} is of format {format!r}, and this version of elsa_pl writes format {FORMAT}: give another"
+            " --output, or use the version that wrote it"
+        )
+    return found

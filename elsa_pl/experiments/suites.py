@@ -20,8 +20,9 @@ Files are found from the suite's folder. A case, a method or a data set may be l
 """
 
 import itertools
+import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from typing import Any
 
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.export import PACKAGES
@@ -52,6 +54,13 @@ _KEYS: dict[str, type] = {
 _METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "add": list, "set": dict}
 _SKIP_KEYS: dict[str, type] = {"method": str, "data_set": str, "case": str}
 _FORMS: dict[type, str] = {str: "a text", list: "a list", dict: "names with values"}
+_OWN = {
+    "seed_everything": "what the suite's seeds say",
+    "data_root": "what --data_root says",
+    "output_dir": "what --output says",
+    "name": "the suite's to choose",
+}
+"""Settings of train.py that a suite cannot have."""
 _NAME = re.compile(r"[\w.+-]+")
 
 Settings = Mapping[str, Any]
@@ -141,18 +150,24 @@ class Suite:
         """The settings of a run, as the contents of one file for train.py; without its seed.
 
         Raises:
-            ConfigurationError: a callback that is to be taken out is not there.
+            ConfigurationError: a callback that is to be taken out is not there, or the files do not go together.
         """
         chosen = self.methods[method]
-        merged = OmegaConf.merge(
-            *(OmegaConf.create(read_yaml(path)) for path in (self.data_sets[data_set], chosen.config))
-        )
-        config: dict[str, Any] = OmegaConf.to_container(merged, resolve=False)  # type: ignore[assignment]  # str keys
+        files = (self.data_sets[data_set], chosen.config)
+        try:
+            merged = OmegaConf.merge(*(OmegaConf.create(read_yaml(path)) for path in files))
+            config: dict[str, Any] = OmegaConf.to_container(merged, resolve=False)  # type: ignore[assignment]  # str keys
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{files[0]} and {files[1]} make no configuration: {error}: correct them"
+            ) from error
         for settings in (self.settings, self.cases[case], chosen.settings):
             for name, value in settings.items():
                 put(config, name, value)
         if chosen.without or chosen.add:
-            callbacks = config.setdefault("trainer", {}).get("callbacks") or []
+            callbacks = _callbacks(
+                f"trainer.callbacks of methods.{method}", config.setdefault("trainer", {}).get("callbacks") or []
+            )
             names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
             if missing := set(chosen.without) - set(names):
                 raise ConfigurationError(
@@ -201,9 +216,9 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
         methods[name] = Method(
             config=_file(path, f"{where}.config", given.get("config")),
             about=given.get("about", ""),
-            without=tuple(given.get("without", ())),
+            without=_texts(f"{where}.without of {path}", given.get("without", [])),
             add=_callbacks(f"{where}.add of {path}", given.get("add", [])),
-            settings=given.get("set", {}),
+            settings=_settings(f"{where}.set of {path}", given.get("set", {})),
         )
     suite = Suite(
         name=path.stem if size == CPU_SIZE else f"{path.stem}-{size}",
@@ -211,9 +226,9 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
         size=size,
         data_sets=data_sets,
         methods=methods,
-        cases={name: _require(f"cases.{name} of {path}", given or {}) for name, given in cases.items()},
+        cases={name: _settings(f"cases.{name} of {path}", given or {}) for name, given in cases.items()},
         seeds=content["seeds"],
-        settings=content.get("settings", {}),
+        settings=_settings(f"settings of {path}", content.get("settings", {})),
         target_accuracy=content.get("target_accuracy", {}),
         skip=[_require(f"skip of {path}", rule, _SKIP_KEYS) for rule in content.get("skip", [])],
     )
@@ -236,16 +251,17 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
     return suite
 
 
-def choose(where: str, kind: str, given: Sequence[str], known: Mapping[str, object]) -> None:
+def choose(where: str, kind: str, given: Iterable[object], known: Iterable[object]) -> None:
     """Refuse names that there are not.
 
     Raises:
         ConfigurationError: with the names that there are.
     """
+    known = list(known)
     unknown = [name for name in given if name not in known]
     if unknown:
         raise ConfigurationError(
-            f"{where}: unknown {kind} {unknown[0]!r}; there are {', '.join(known)}: choose of these"
+            f"{where}: unknown {kind} {unknown[0]!r}; there are {', '.join(map(str, known))}: choose of these"
         )
 
 
@@ -259,7 +275,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigurationError(f"expected a YAML file at {path}; got: {error.strerror}: correct the path") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} is no YAML: {error}: repair it") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"expected settings in {path}; got {type(content).__name__}: see another file's form")
@@ -292,14 +308,38 @@ def _file(suite: Path, where: str, given: object) -> Path:
     return path
 
 
-def _callbacks(where: str, given: list[object]) -> tuple[Settings, ...]:
-    for callback in given:
-        if not isinstance(callback, dict) or not isinstance(callback.get("class_path"), str):
+def _callbacks(where: str, given: object) -> tuple[Settings, ...]:
+    if isinstance(given, list) and all(
+        isinstance(callback, dict) and isinstance(callback.get("class_path"), str) for callback in given
+    ):
+        return tuple(given)
+    raise ConfigurationError(
+        f"{where}: expected a list of callbacks such as {{class_path: TrustScoring}}; got {given!r}: see the top of"
+        " elsa_pl/experiments/suites.py"
+    )
+
+
+def _texts(where: str, given: list[object]) -> tuple[str, ...]:
+    if all(isinstance(name, str) for name in given):
+        return tuple(map(str, given))
+    raise ConfigurationError(f"{where}: expected names such as TrustScoring; got {given!r}: correct them")
+
+
+def _settings(where: str, given: object) -> dict[str, Any]:
+    """Settings by their names on the command line, but for those that are the suite's own."""
+    found = _require(where, given)
+    for name, value in found.items():
+        if not isinstance(name, str):
+            raise ConfigurationError(f"{where}: expected names such as data.alpha; got {name!r}: correct it")
+        if name in _OWN:
+            raise ConfigurationError(f"{where}: {name} is {_OWN[name]}: leave it out")
+        try:
+            json.dumps(value, sort_keys=True)
+        except TypeError as error:
             raise ConfigurationError(
-                f"{where}: expected callbacks such as {{class_path: TrustScoring}}; got {callback!r}: see the top of"
-                " elsa_pl/experiments/suites.py"
-            )
-    return tuple(given)  # type: ignore[arg-type]  # as was just seen
+                f"{where}: {name} must be a text, number, list or names with values; got {value!r}: a date needs quotes"
+            ) from error
+    return found
 
 
 def _require(where: str, given: object, known: Mapping[str, type] | None = None) -> dict[str, Any]:

@@ -25,12 +25,18 @@ def write_run_report(run_dir: Path) -> Path:
         run_dir: with ``summary.json``; what else is there is shown.
 
     Raises:
-        ConfigurationError: no summary.
+        ConfigurationError: no summary, or not that of a run of fit.
     """
     path = run_dir / "summary.json"
     if not path.is_file():
         raise ConfigurationError(f"expected a run that has ended in {run_dir}; got no summary.json: name its folder")
-    summary = json.loads(path.read_text())
+    try:
+        summary = json.loads(path.read_text())
+        missing = [name for name in ("rounds", "seed", "seconds", "bytes", "versions") if name not in summary]
+    except (ValueError, TypeError) as error:
+        raise ConfigurationError(f"{path} is no summary of a run: {error}: run it again") from error
+    if missing:
+        raise ConfigurationError(f"{path} lacks {', '.join(missing)}: it needs to be of a run of fit that has ended")
     metrics = _metrics(run_dir / "metrics.csv")
     page = Page(
         title=f"{run_dir.parent.name}, {run_dir.name}", subtitle=_subtitle(run_dir, summary), figures=_figures(summary)

@@ -1,6 +1,5 @@
 """The report of a suite, from its table."""
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +8,8 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-from elsa_pl.experiments.results import read_results
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.experiments.results import read_results, read_suite
 from elsa_pl.report.curves import AXES, draw_lines, of_several
 from elsa_pl.report.page import Cell, Page, Section, Table, draw, number, text
 
@@ -35,10 +35,15 @@ def write_suite_report(folder: Path) -> Path:
         folder: with ``results.csv`` and ``suite.json``; see `elsa_pl.experiments.results`.
 
     Raises:
-        ConfigurationError: no table, or one of another format.
+        ConfigurationError: no table, one of another format, or files that do not go together.
     """
+    suite = read_suite(folder)
     table = read_results(folder)
-    suite = json.loads((folder / "suite.json").read_text())
+    for kind in ("method", "case"):
+        if unknown := sorted(set(table[kind]) - set(suite[f"{kind}s"])):
+            raise ConfigurationError(
+                f"{folder / 'results.csv'} has the {kind} {unknown[0]!r}, and suite.json has not: run the suite again"
+            )
     done, failed = (table[table.status == status] for status in ("done", "failed"))
     cells = table.drop_duplicates(["case", "data_set", "method", "seed"])
     seeds = ", ".join(map(str, sorted(cells.seed.unique())))
@@ -50,15 +55,11 @@ def write_suite_report(folder: Path) -> Path:
     if missing := suite.get("num_runs", len(cells)) - len(cells):
         page.figures.append((str(missing), "runs are still to come: means may be over different seeds"))
     if len(failed):
-        page.sections.append(
-            Section(
-                "Failed runs",
-                errors=[
-                    (f"{row['case']}, {row['data_set']}, {row['method']}, seed {row['seed']}", str(row["error"]))
-                    for _, row in failed.iterrows()
-                ],
-            )
-        )
+        errors = [
+            (f"{row.case}, {row.data_set}, {row.method}, seed {row.seed}: {row.run}/output.log", row.error)
+            for row in failed.itertuples()
+        ]
+        page.sections.append(Section("Failed runs", errors=errors))
     order = [name for name in suite["methods"] if name in set(cells.method)]
     cases = [name for name in suite["cases"] if name in set(done.case)]
     page.sections += _by_number(folder, done, order, cases)
