@@ -16,8 +16,10 @@ from typing import Any, NoReturn
 
 import torch
 from jsonargparse import DefaultHelpFormatter, Namespace, set_parsing_settings
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from omegaconf.errors import OmegaConfBaseException
 
 from elsa_pl.errors import ConfigurationError
@@ -44,11 +46,14 @@ The settings of the strategy (layout, edges, rounds): --trainer.strategy.help=Hi
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 _STRATEGY_KEYS = [f"trainer.strategy.init_args.{name}" for name in inspect.signature(HierarchicalStrategy).parameters]
+_BASES: tuple[type[Any], ...] = (Callback, Logger, Strategy, torch.optim.Optimizer)
+"""Of the classes that settings name."""
 _REFERENCE = re.compile(r"\$\{([a-zA-Z_][\w.\[\]]*)\}")
 # how jsonargparse tells of a setting that there is not
 _UNKNOWN_ARGUMENTS = re.compile(r"unrecognized arguments: (.*)", re.DOTALL)
 _UNKNOWN_OPTION = re.compile(r"does not accept option '([^']+)'")
 _UNKNOWN_OF_CLASS = re.compile(r"given class_path '([^']+)':\s+Option '([^']+)' is not accepted")
+_UNKNOWN_CLASS = re.compile(r'Parser key "([^"]+)".*Expected a dot import path string: (\w+)', re.DOTALL)
 _UNKNOWN_OF_CALLABLE = re.compile(r"Option '([^']+)' is not accepted.*class_path='([^']+)'", re.DOTALL)
 
 
@@ -142,6 +147,13 @@ def _explain(message: str, known: Sequence[str]) -> str:
         return _explain_class(found[1], found[2])
     if found := _UNKNOWN_OF_CALLABLE.search(message):
         return _explain_class(found[2], found[1])
+    if found := _UNKNOWN_CLASS.search(message):
+        names = {name.lower(): name for base in _BASES for name in _subclasses(base)}
+        near = get_close_matches(found[2].lower(), names, n=1)
+        advice = (
+            f"did you mean {names[near[0]]}?" if near else f"one of your own needs its module, my_module.{found[2]}"
+        )
+        return f"{found[1]}: there is no class {found[2]}: {advice}"
     if found := _UNKNOWN_OPTION.search(message):
         return message + _did_you_mean(nearest(found[1], known))
     if found := _UNKNOWN_ARGUMENTS.search(message):
@@ -149,6 +161,12 @@ def _explain(message: str, known: Sequence[str]) -> str:
         meant = [nearest(key, known) for key in keys]
         return message + _did_you_mean(", ".join(f"--{key}" for key in meant if key))
     return message
+
+
+def _subclasses(base: type[Any]) -> set[str]:
+    """The names of all classes that there are below one."""
+    below: list[type[Any]] = base.__subclasses__()
+    return {name for found in below for name in {found.__name__, *_subclasses(found)}}
 
 
 def _explain_class(path: str, option: str) -> str:

@@ -233,6 +233,9 @@ def test_settings(extra: list[str], words: list[str], folder: Path, capfd: pytes
         ([f"{STRATEGY}layout", "ring"], ["layout", "'tiers'", "ring"]),
         (["--data.partition", "random"], ["partition", "'dirichlet'", "random"]),
         (["--config", "none.yaml"], ["none.yaml"]),
+        (["--trainer.callbacks", "[TrustScorin]"], ["trainer.callbacks", "TrustScorin: did you mean TrustScoring?"]),
+        (["--model.optimizer", "Adamw"], ["model.optimizer", "Adamw: did you mean AdamW?"]),
+        (["--trainer.logger", "[Ring]"], ["trainer.logger", "no class Ring", "my_module.Ring"]),
         (["--config", "unknown_key.yaml"], ["modle"]),
     ],
 )
