@@ -338,6 +338,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("case", {"cases": {"x": "y"}}, ["cases.x", "'y'"]),
     ("target-number", {"target_accuracy": 0.8}, ["target_accuracy must be names with values"]),
     ("target-percent", {"target_accuracy": {"helpdesk": 80}}, ["target_accuracy.helpdesk", "0 to 1", "80"]),
+    ("budget", {"budgets_mb": [0]}, ["budgets_mb must be numbers above 0", "got 0"]),
     ("skip-one", {"skip": {"method": "sfl"}}, ["skip must be a list"]),
     ("skip-all", {"skip": [{}]}, ["rule of skip is empty"]),
     ("without-one", {"methods": {"x": {"config": "a", "without": "SSOP"}}}, ["methods.x", "without must be a list"]),

@@ -92,6 +92,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
         "methods": methods,
         "cases": {"faulty-0": "", "faulty-25": "data.faulty_fraction 0.25"},
         "target_accuracy": {"trec": 0.7},
+        "budgets_mb": [0.5, 2],
     }
     (folder / "suite.json").write_text(json.dumps(suite))
     return folder
@@ -207,6 +208,9 @@ def test_figures_of_a_suite(suite_dir: Path) -> None:
     assert "+10.0 [+10.0, +10.0]" in page
     # 0.85 - 0.3 / r + 0.01 s >= 0.7 from round 2 on; 0.75 - ... never at seed 0 and 1 before round 6
     assert "3 of 3" in page
+    # 2 MB pay for two rounds: 0.85 - 0.3 / 2 + 0.01 s; half of one for none
+    assert "validation accuracy with 0.5 MB" in page
+    assert ">71.0<" in page
     assert "By faulty" in page
     assert "<h2>Runs</h2>" in page
     assert "<a href" not in page, "these runs are not there"

@@ -33,6 +33,7 @@ _DESCRIPTION: dict[str, type] = {
     "methods": dict,
     "cases": dict,
     "target_accuracy": dict,
+    "budgets_mb": list,
 }
 """What a report needs of ``suite.json``."""
 

@@ -13,6 +13,7 @@
     seeds: [0, 1, 2]
     settings: {trainer.max_epochs: 10}                for all runs alike
     target_accuracy: {trec: 0.8}                      for rounds, bytes and seconds to it
+    budgets_mb: [10, 50]                              for the accuracy that so many MB give
     sizes: {full: {seeds: [0, 1, 2, 3, 4]}}           what other sizes than ``cpu`` change in all this
 
 Files are found from the suite's folder. A case, a method or a data set may be left out of a combination by
@@ -48,6 +49,7 @@ _KEYS: dict[str, type] = {
     "seeds": list,
     "settings": dict,
     "target_accuracy": dict,
+    "budgets_mb": list,
     "sizes": dict,
     "skip": list,
 }
@@ -117,6 +119,9 @@ class Suite:
     target_accuracy: Mapping[str, float]
     """By data set."""
 
+    budgets_mb: Sequence[float]
+    """Bytes of training, in units of 10^6."""
+
     skip: Sequence[Mapping[str, str]]
     """Combinations that are left out."""
 
@@ -144,6 +149,7 @@ class Suite:
                 for name, settings in self.cases.items()
             },
             "target_accuracy": dict(self.target_accuracy),
+            "budgets_mb": list(self.budgets_mb),
         }
 
     def configuration(self, case: str, data_set: str, method: str) -> dict[str, Any]:
@@ -230,6 +236,7 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
         seeds=content["seeds"],
         settings=_settings(f"settings of {path}", content.get("settings", {})),
         target_accuracy=content.get("target_accuracy", {}),
+        budgets_mb=content.get("budgets_mb", []),
         skip=[_require(f"skip of {path}", rule, _SKIP_KEYS) for rule in content.get("skip", [])],
     )
     if not all(isinstance(seed, int) for seed in suite.seeds) or len(set(suite.seeds)) < len(suite.seeds):
@@ -239,6 +246,9 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
             raise ConfigurationError(
                 f"{path}: target_accuracy.{name} must be a number from 0 to 1; got {target!r}: 80% is 0.8"
             )
+    for budget in suite.budgets_mb:
+        if not isinstance(budget, int | float) or not budget > 0:
+            raise ConfigurationError(f"{path}: budgets_mb must be numbers above 0; got {budget!r}: correct it")
     if not all(suite.skip):
         raise ConfigurationError(f"{path}: a rule of skip is empty, which would skip all: name a method or a case")
     for kind, known, names in (

@@ -104,6 +104,7 @@ def _compare(
     heads += ["sent [MB]", "simulated [s]", "memory [GB]"]
     if target is not None:
         heads += ["target reached", "rounds to it", "sent to it [MB]", "simulated to it [s]"]
+    heads += [f"validation accuracy with {budget:g} MB [%]" for budget in suite["budgets_mb"]]
     rows = []
     for method in methods:
         own = part[part.method == method]
@@ -115,6 +116,7 @@ def _compare(
         row += [number(last.simulated_s.mean(), 0), number(last.peak_bytes.mean(), 2, 1e-9)]
         if target is not None:
             row += _to_target(own, target)
+        row += [_within(own, 1e6 * budget) for budget in suite["budgets_mb"]]
         rows.append(row)
     section = Section(f"{case}, {data_set}")
     section.text = suite["cases"][case]
@@ -164,6 +166,12 @@ def _to_target(own: pd.DataFrame, target: float) -> list[Cell]:
     cells = [Cell(f"{len(reached)} of {count}", float(len(reached)))]
     cells += [number(reached["round"].mean(), 1), number(reached.bytes.mean(), 1, 1e-6)]
     return [*cells, number(reached.simulated_s.mean(), 0)]
+
+
+def _within(own: pd.DataFrame, num_bytes: float) -> Cell:
+    """The best round that so many bytes pay for: the mean over seeds, of which none may be without a round."""
+    best = own[own.bytes <= num_bytes].groupby("seed").val_accuracy.max()
+    return number(best.mean() if len(best) == own.seed.nunique() else float("nan"), 1, 100)
 
 
 def _line(own: pd.DataFrame, column: str, scale: float) -> "Line | None":
