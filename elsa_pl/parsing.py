@@ -147,7 +147,7 @@ def _explain(message: str, known: Sequence[str]) -> str:
         return _explain_class(found[1], found[2])
     if found := _UNKNOWN_OF_CALLABLE.search(message):
         return _explain_class(found[2], found[1])
-    if found := _UNKNOWN_CLASS.search(message):
+    if (found := _UNKNOWN_CLASS.search(message)) and not get_close_matches(found[2], ("true", "false", "null")):
         names = {name.lower(): name for base in _BASES for name in _subclasses(base)}
         near = get_close_matches(found[2].lower(), names, n=1)
         advice = (

@@ -16,7 +16,7 @@ import yaml
 
 from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results
+from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results, results
 from elsa_pl.experiments.__main__ import cells_of, main
 from elsa_pl.experiments.cells import Outcome, error_of
 from elsa_pl.experiments.results import write_results
@@ -175,6 +175,8 @@ def test_no_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert said.count("kept as") == 1
     assert not set(pd.read_csv(old).run) & set(read_results(out / "two").run)
     assert len(list(out.glob("two/suite-*.json"))) == 1
+    (out / "two" / "suite.json").unlink()
+    assert run(path, out) == 0, "the table is made again from the runs"
 
 
 def test_failures_stay_in_the_table(tmp_path: Path) -> None:
@@ -190,9 +192,14 @@ def test_failures_stay_in_the_table(tmp_path: Path) -> None:
         ["fedavg", "done", ""],
         ["sfl", "failed", "error: too large"],
     ]
+    log = f"../cells/{bad.folder}/output.log"
     page = (out / "two" / "report.html").read_text()
     assert "too large" in page
-    assert f"../cells/{bad.folder}/output.log" in page
+    assert log not in page, "it is not there"
+    (out / "cells" / bad.folder).mkdir()
+    (out / "two" / log).touch()
+    assert main(["report", str(out / "two")]) == 0
+    assert log in (out / "two" / "report.html").read_text()
     write_run(out / "cells", bad)
     assert run(path, out) == 0
     assert set(read_results(out / "two").status) == {"done"}
@@ -206,7 +213,9 @@ def test_a_run_without_figures_has_failed(
     path, out = write_suite(tmp_path), tmp_path / "out"
     for cell in cells_of(load_suite(path), Path("data").resolve()):
         write_run(out / "cells", cell)
+    assert run(path, out) == 0
     (broken,) = out.glob("cells/*sfl*/time/metrics.csv")
+    results._figures.cache_clear()  # as in a process of its own
     broken.unlink() if metrics is None else broken.write_text(metrics)
     assert run(path, out) == 1
     assert "1 of 2 runs ended well" in capsys.readouterr().out
@@ -214,6 +223,8 @@ def test_a_run_without_figures_has_failed(
     assert dict(table.status) == {"fedavg": "done", "sfl": "failed"}
     assert str(broken.parent) in table.error["sfl"]
     assert "CSVLogger" in table.error["sfl"]
+    (old,) = out.glob("two/results-*.csv")
+    assert set(pd.read_csv(old).status) == {"done"}, "its figures are kept"
 
 
 def test_settings_are_checked_for_any_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,7 +370,7 @@ ELSE: list[tuple[str, bytes, list[str]]] = [
     ("no-text", b"\xff\xfe", ["is no YAML"]),
     ("interpolation", b"data: {alpha: '${nope'}", ["make no configuration", "${nope"]),
     ("list", b"trainer: [1]", ["make no configuration"]),
-    ("no-data", b"data: [1]", ["data"]),
+    ("no-data", b"data: [1]", ["expected settings in data; got [1]"]),
 ]
 
 

@@ -120,9 +120,10 @@ def run(args: argparse.Namespace) -> int:
         ]
         write_results(folder, {**suite.describe(), "num_runs": len(cells)}, found)
 
-    if (old := set_aside(folder, outcomes)) is not None:
+    readable = {digest for digest, outcome in outcomes.items() if outcome.run is not None}
+    if (old := set_aside(folder, readable)) is not None:
         print(
-            f"the table there was had runs that the suite as it is now does not have: it is kept as {old}", flush=True
+            f"the table there was has runs that are not there any more, or not of the suite: kept as {old}", flush=True
         )
     if outcomes:
         write()

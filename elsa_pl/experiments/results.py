@@ -80,7 +80,7 @@ def set_aside(folder: Path, digests: Container[str]) -> Path | None:
 
     Args:
         folder: of the suite.
-        digests: of the cells that the next table will have.
+        digests: of the cells whose figures the next table will have.
 
     Returns:
         Its new path; None if the table can be replaced.
@@ -93,10 +93,11 @@ def set_aside(folder: Path, digests: Container[str]) -> Path | None:
     if all(Path(run).parent.name.rpartition("-")[2] in digests for run in runs):
         return None
     written = datetime.fromtimestamp(path.stat().st_mtime)
-    for name in ("suite.json", "results.csv"):
-        old = folder / name
-        old.replace(moved := old.with_stem(f"{old.stem}-{written:%Y-%m-%d_%H-%M-%S}"))
-    return moved
+    moved = []
+    for old in (path, folder / "suite.json"):
+        if old.exists():
+            moved.append(old.replace(old.with_stem(f"{old.stem}-{written:%Y-%m-%d_%H-%M-%S}")))
+    return moved[0]
 
 
 def _folder_of_failed(cell: Cell) -> str:
@@ -213,4 +214,5 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{path} is of format {format!r}, and this version of elsa_pl writes format {FORMAT}: give another"
             " --output, or use the version that wrote it"
         )
+    found.setdefault("budgets_mb", [])  # of suites before there were any
     return found

@@ -56,7 +56,7 @@ def write_suite_report(folder: Path) -> Path:
         page.figures.append((str(missing), "runs are still to come: means may be over different seeds"))
     if len(failed):
         errors = [
-            (f"{row.case}, {row.data_set}, {row.method}, seed {row.seed}: {row.run}/output.log", row.error)
+            (f"{row.case}, {row.data_set}, {row.method}, seed {row.seed}{_log_of(folder, row.run)}", row.error)
             for row in failed.itertuples()
         ]
         page.sections.append(Section("Failed runs", errors=errors))
@@ -73,6 +73,11 @@ def write_suite_report(folder: Path) -> Path:
         ("cases", "\n".join(f"{name}: {what or 'as in the files'}" for name, what in suite["cases"].items()))
     )
     return page.write(folder / "report.html")
+
+
+def _log_of(folder: Path, run: object) -> str:
+    """Where a run's output lies, if it does: not where another suite ran it under its own name."""
+    return f": {run}/output.log" if run and (folder / str(run) / "output.log").is_file() else ""
 
 
 def _methods(suite: dict[str, Any], order: list[str]) -> Section:
@@ -170,7 +175,7 @@ def _to_target(own: pd.DataFrame, target: float) -> list[Cell]:
 
 def _within(own: pd.DataFrame, num_bytes: float) -> Cell:
     """The best round that so many bytes pay for: the mean over seeds, of which none may be without a round."""
-    best = own[own.bytes <= num_bytes].groupby("seed").val_accuracy.max()
+    best = own[own.bytes <= num_bytes].dropna(subset="val_accuracy").groupby("seed").val_accuracy.max()
     return number(best.mean() if len(best) == own.seed.nunique() else float("nan"), 1, 100)
 
 
