@@ -150,10 +150,9 @@ def _explain(message: str, known: Sequence[str]) -> str:
     if (found := _UNKNOWN_CLASS.search(message)) and not get_close_matches(found[2], ("true", "false", "null")):
         names = {name.lower(): name for base in _BASES for name in _subclasses(base)}
         near = get_close_matches(found[2].lower(), names, n=1)
-        advice = (
-            f"did you mean {names[near[0]]}?" if near else f"one of your own needs its module, my_module.{found[2]}"
-        )
-        return f"{found[1]}: there is no class {found[2]}: {advice}"
+        otherwise = f": one of your own needs its module, my_module.{found[2]}"
+        advice = _did_you_mean(names[near[0]]) if near else otherwise
+        return f"{found[1]}: there is no class {found[2]}{advice}"
     if found := _UNKNOWN_OPTION.search(message):
         return message + _did_you_mean(nearest(found[1], known))
     if found := _UNKNOWN_ARGUMENTS.search(message):

@@ -84,13 +84,12 @@ def main() -> None:
                 flush=True,
             )
     alone = local_training(tasks[args.seeds[0]]).round_cpu_s()
-    what = ", ".join(f"{name} {size}" for name, size in sizes.items())
+    what = ", ".join(f"{name} {size}" for name, size in sizes.items()) + ": median (range) over rounds and seeds"
     needed = f"The local steps of a round alone, one client after another in one process: {alone:.2f} CPU s"
-    tables = [report.cost_table(found), needed, report.accuracy_table(found), report.distance_table(found)]
+    tables = [what, report.cost_table(found), needed, report.accuracy_table(found), report.distance_table(found)]
     text = "\n\n".join(tables)
-    text = f"{what}: median (range) over rounds and seeds\n\n{text}\n"
-    print(f"\n{text}")
-    (output / "tables.txt").write_text(text)
+    print(f"\n{text}\n")
+    (output / "tables.txt").write_text(text + "\n")
     rows = [
         {"system": system, "seed": seed, **sizes, **asdict(outcome), "folder": outcome.folder.name}
         for system, runs in found.items()

@@ -13,7 +13,7 @@ from types import FrameType
 
 from elsa_pl.errors import ConfigurationError, ElsaError
 from elsa_pl.experiments.cells import Cell, Outcome, find_run, run_cells
-from elsa_pl.experiments.results import check_folder, checked, failed_before, set_aside, write_results
+from elsa_pl.experiments.results import checked, failed_before, read_before, set_aside, write_results
 from elsa_pl.experiments.suites import CELLS_FOLDER, CPU_SIZE, Suite, choose, load_suite
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         choose("--" + kind + "s", kind, given or [], known)
     output: Path = args.output.resolve()
     folder = output / suite.name
-    check_folder(folder)
+    before = read_before(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ConfigurationError(f"{args.suite} has no such runs: its rules of skip leave them out")
     # all that there is of the suite goes into its table, whatever is chosen to run now
-    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(folder, cells)} | {
+    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)} | {
         cell.digest: checked(Outcome(cell, found))
         for cell in cells
         if (found := find_run(output / CELLS_FOLDER, cell)) is not None
@@ -121,7 +121,7 @@ def run(args: argparse.Namespace) -> int:
         write_results(folder, {**suite.describe(), "num_runs": len(cells)}, found)
 
     readable = {digest for digest, outcome in outcomes.items() if outcome.run is not None}
-    if (old := set_aside(folder, readable)) is not None:
+    if (old := set_aside(folder, before, readable)) is not None:
         print(
             f"the table there was has runs that are not there any more, or not of the suite: kept as {old}", flush=True
         )
@@ -149,7 +149,6 @@ def report(args: argparse.Namespace) -> int:
 
         print(f"report: {write_run_report(folder)}", flush=True)
         return 0
-    check_folder(folder)
     report_on(folder)
     return 0
 

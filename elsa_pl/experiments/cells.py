@@ -78,6 +78,11 @@ def find_run(cells: Path, cell: Cell) -> Path | None:
     return next((path.parent for path in sorted(cells.glob(f"*-{cell.digest}/*/summary.json"))), None)
 
 
+def digest_of(run: Path) -> str:
+    """The digest of the cell that a run is of, from the run's folder: see `Cell.folder`."""
+    return run.parent.name.rpartition("-")[2]
+
+
 class Runner:
     """Runs cells and ends them on request.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.experiments.cells import Cell, Outcome
+from elsa_pl.experiments.cells import Cell, Outcome, digest_of
 from elsa_pl.experiments.suites import CELLS_FOLDER
 
 FORMAT = 1
@@ -66,38 +66,32 @@ def checked(outcome: Outcome) -> Outcome:
     return outcome
 
 
-def failed_before(folder: Path, cells: Iterable[Cell]) -> list[Outcome]:
-    """Those of the cells that failed when the table was written, with their errors."""
-    if not (folder / "results.csv").exists():
-        return []
-    table = read_results(folder)
+def failed_before(table: pd.DataFrame, cells: Iterable[Cell]) -> list[Outcome]:
+    """Those of the cells that failed when a table was written, with their errors."""
     errors = dict(table[table.status == "failed"][["run", "error"]].itertuples(index=False))
     return [Outcome(cell, error=errors[place]) for cell in cells if (place := _folder_of_failed(cell)) in errors]
 
 
-def set_aside(folder: Path, digests: Container[str]) -> Path | None:
+def set_aside(folder: Path, table: pd.DataFrame, digests: Container[str]) -> Path | None:
     """Give the table another name if it has runs that the next one will not have, so that no figure is lost.
 
     Args:
         folder: of the suite.
+        table: what is there.
         digests: of the cells whose figures the next table will have.
 
     Returns:
         Its new path; None if the table can be replaced.
     """
-    path = folder / "results.csv"
-    if not path.exists():
-        return None
-    table = read_results(folder)
     runs = table[table.status == "done"].run.unique()
-    if all(Path(run).parent.name.rpartition("-")[2] in digests for run in runs):
+    if all(digest_of(Path(run)) in digests for run in runs):
         return None
-    written = datetime.fromtimestamp(path.stat().st_mtime)
-    moved = []
-    for old in (path, folder / "suite.json"):
-        if old.exists():
-            moved.append(old.replace(old.with_stem(f"{old.stem}-{written:%Y-%m-%d_%H-%M-%S}")))
-    return moved[0]
+    path, description = folder / "results.csv", folder / "suite.json"
+    suffix = f"-{datetime.fromtimestamp(path.stat().st_mtime):%Y-%m-%d_%H-%M-%S}"
+    moved = path.replace(path.with_stem(path.stem + suffix))
+    if description.exists():
+        description.replace(description.with_stem(description.stem + suffix))
+    return moved
 
 
 def _folder_of_failed(cell: Cell) -> str:
@@ -149,7 +143,7 @@ def write_results(folder: Path, suite: Mapping[str, Any], outcomes: Iterable[Out
         partial.replace(folder / name)
 
 
-def check_folder(folder: Path) -> None:
+def _check_folder(folder: Path) -> None:
     """Refuse a suite's folder of another format.
 
     Raises:
@@ -168,7 +162,7 @@ def read_suite(folder: Path) -> dict[str, Any]:
     path = folder / "suite.json"
     if not path.is_file():
         raise ConfigurationError(f"expected a suite in {folder}; got no suite.json: run the suite first")
-    found = _read_description(folder)
+    found = {"budgets_mb": [], **_read_description(folder)}  # older suites have no budgets
     for name, kind in _DESCRIPTION.items():
         if not isinstance(found.get(name), kind):
             raise ConfigurationError(
@@ -177,13 +171,21 @@ def read_suite(folder: Path) -> dict[str, Any]:
     return found
 
 
+def read_before(folder: Path) -> pd.DataFrame:
+    """The table that an earlier call left, empty if there is none; raises as `read_results`."""
+    if (folder / "results.csv").exists():
+        return read_results(folder)
+    _check_folder(folder)
+    return pd.DataFrame(columns=list(COLUMNS))
+
+
 def read_results(folder: Path) -> pd.DataFrame:
     """The table of a suite, columns as in `COLUMNS`.
 
     Raises:
         ConfigurationError: another format, no table, columns that are missing, or texts in columns of numbers.
     """
-    check_folder(folder)
+    _check_folder(folder)
     path = folder / "results.csv"
     numbers = [name for name in COLUMNS if name not in _TEXTS]
     try:
@@ -214,5 +216,4 @@ def _read_description(folder: Path) -> dict[str, Any]:
             f"{path} is of format {format!r}, and this version of elsa_pl writes format {FORMAT}: give another"
             " --output, or use the version that wrote it"
         )
-    found.setdefault("budgets_mb", [])  # of suites before there were any
     return found
