@@ -20,7 +20,7 @@ from benchmarks.flower import __main__ as command
 from benchmarks.flower import processes
 from benchmarks.flower.outcome import run_flower
 from benchmarks.flower.recorder import RoundRecorder
-from benchmarks.flower.task import MODEL, PLAN, Task, local_training
+from benchmarks.flower.task import MODEL, PLAN, LocalTraining, Task, local_training
 from tests.runs import assert_close, assert_equal, moved, run_here, write_tickets
 
 INSTALLED = importlib.util.find_spec("flwr") is not None
@@ -84,9 +84,18 @@ def train_in_flower(task: Task, client: int, round: int, adapters: dict[str, Ten
 
 @pytest.mark.slow
 @needs_flower
-def test_local_steps_are_equal(workdir: Path) -> None:
+@pytest.mark.parametrize("model_per_message", [False, True])
+def test_local_steps_are_equal(workdir: Path, monkeypatch: pytest.MonkeyPatch, model_per_message: bool) -> None:
+    made = []
+    renew = LocalTraining.renew
+
+    def counted(training: LocalTraining) -> None:
+        made.append(training)
+        renew(training)
+
+    monkeypatch.setattr(LocalTraining, "renew", counted)
     # With one client the global adapters are its own.
-    task = make_task(workdir, num_clients=1, seed=3)
+    task = make_task(workdir, num_clients=1, seed=3, model_per_message=model_per_message)
     first, second = train_ours(task, workdir)
     before = local_training(task).adapters()
     answers = [
@@ -96,6 +105,7 @@ def test_local_steps_are_equal(workdir: Path) -> None:
     assert moved(first, before)
     assert_equal(answers[0], first)
     assert_equal(answers[1], second)
+    assert len(made) == (3 if model_per_message else 1)
 
 
 @pytest.mark.slow

@@ -1,14 +1,16 @@
 """The same federated run in Flower and in this project: accuracy, seconds and bytes.
 
     python -m benchmarks.flower --data_root DATA_ROOT [--seeds 0 1 2] [--rounds 10] [--output runs/flower]
-        [--num_clients 10] [--local_steps 5] [--batch_size 16]
+        [--num_clients 10] [--local_steps 5] [--batch_size 16] [--model_per_message]
 
 FedAvg of LoRA adapters and the head on TREC: MiniLM uncut on the client, LoRA of rank 8, 10 clients with
 Dirichlet(0.5) labels, 5 local steps of 16 texts a round unless told otherwise, AdamW at 3e-3, made anew in each round.
 Clients have the same texts, batches and initial adapters in both systems. What differs is everything else: processes,
 messages, rounds, averages (Flower sums in float32 in the order of arrival, this project in float64 in the order of
 clients). Flower runs in its simulation with two Ray actors of one CPU; this project in layout tiers with two hosts and
-one thread each. Processes beside them wait while clients train.
+one thread each. Processes beside them wait while clients train. Flower's actors keep their model from client to client,
+unless --model_per_message has them make one for each message, as the clients of Flower's own examples do (which also
+tokenize their texts for each: that is left out).
 
 The two take turns, seed by seed. Seconds of a round are those of training and averaging, without evaluation, which
 Flower does in one process and this project in two, and without checkpoints; the first round is left out, because
@@ -27,6 +29,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from benchmarks.flower import report
 from benchmarks.flower.outcome import RUN, Outcome
@@ -55,16 +58,20 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=Task.num_rounds, help="at least 3 (default: %(default)s)")
     for name, what in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(Task, name), help=f"{what} (default: %(default)s)")
+    parser.add_argument(
+        "--model_per_message", action="store_true", help="Flower's clients make their model anew for each message"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/flower"), help="where the runs go")
     args = parser.parse_args()
     if absent := missing():
         raise SystemExit(f"error: {' and '.join(absent)} not installed: pip install -e '.[flower]'")
     if args.rounds < 3:
         parser.error(f"expected --rounds >= 3, got {args.rounds}: the first one is left out of the times")
-    sizes = {name: getattr(args, name) for name in SIZES}
+    sizes: dict[str, Any] = {name: getattr(args, name) for name in SIZES}
     for name, size in sizes.items():
         if size < 1:
             parser.error(f"expected --{name} >= 1, got {size}")
+    sizes["model_per_message"] = args.model_per_message
     if len(set(args.seeds)) < len(args.seeds):
         parser.error(f"expected seeds that differ, got {args.seeds}")
     if not (train := args.data_root / "trec" / "train.csv").is_file():

@@ -12,12 +12,15 @@ app = ClientApp()
 def train(message: Message, context: Context) -> Message:
     """One round of the client whose number Flower calls the partition.
 
-    A simulated client of Flower is nothing but its context: whichever actor is free trains it, and keeps data and model
-    for the next one.
+    A simulated client of Flower is nothing but its context: whichever actor is free trains it. The actor keeps the data
+    for the next one, and the model too unless the task says otherwise.
     """
     config = dict(message.content["config"])
     round = config.pop("server-round") - 1
-    training = local_training(Task(**config))
+    task = Task(**config)
+    training = local_training(task)
+    if task.model_per_message:
+        training.renew()
     client = training.data.client_names[context.node_config["partition-id"]]
     training.load(message.content["arrays"].to_torch_state_dict())
     loss = training.train(client, round)

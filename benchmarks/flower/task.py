@@ -41,6 +41,8 @@ class Task:
     max_length: int = 64
     lr: float = 3e-3
     """The same in all rounds. AdamW is made anew in each."""
+    model_per_message: bool = False
+    """Flower's clients make their model anew for each message, as those of Flower's examples do, and keep none."""
 
     @property
     def data_settings(self) -> dict[str, Any]:
@@ -68,7 +70,11 @@ class LocalTraining:
         self._task = task
         self.data = FederatedTextDataModule(**task.data_settings, tokenizer=MODEL, seed=task.seed)
         self.data.load()
-        module = SplitModel(MODEL, seed=task.seed)
+        self.renew()
+
+    def renew(self) -> None:
+        """Make the model anew, from the files of the pretrained one."""
+        module = SplitModel(MODEL, seed=self._task.seed)
         module.num_labels = self.data.num_labels
         self._model = module.build()
         self._trained = {name: value for name, value in uncut(self._model).named_parameters() if value.requires_grad}
