@@ -387,11 +387,12 @@ def _ending_on_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def main(args: Sequence[str] | None = None) -> int:
+def main(args: Sequence[str] | None = None, command_line: type[ElsaCLI] = ElsaCLI) -> int:
     """Run a command.
 
     Args:
         args: the command line without the program's name; default: this process' own.
+        command_line: what is done with it.
 
     Returns:
         Exit code: 0 for success, 1 for a failed run, 130 after Ctrl-C, 143 after SIGTERM; 2, by way of SystemExit, for
@@ -410,7 +411,7 @@ def main(args: Sequence[str] | None = None) -> int:
     with _ending_on_signals():
         try:
             launcher.arguments = expand_run(sys.argv[1:] if args is None else args)
-            ElsaCLI(
+            command_line(
                 SplitModel,
                 FederatedTextDataModule,
                 args=launcher.arguments,

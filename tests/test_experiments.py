@@ -17,8 +17,9 @@ import yaml
 from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results, results
+from elsa_pl.experiments import __main__ as experiments
 from elsa_pl.experiments.__main__ import cells_of, main
-from elsa_pl.experiments.cells import Outcome, error_of
+from elsa_pl.experiments.cells import Outcome, error_of, run_cells
 from elsa_pl.experiments.results import write_results
 from elsa_pl.experiments.suites import put
 from tests.runs import ROOT
@@ -158,7 +159,21 @@ def test_the_table_keeps_what_is_not_chosen(tmp_path: Path, capsys: pytest.Captu
     assert rows == [["fedavg", 0], ["fedavg", 1], ["sfl", 0]]
     assert json.loads((tmp_path / "out" / "two" / "suite.json").read_text())["num_runs"] == 4
     assert os.listdir(tmp_path / "out" / "two" / "pictures")
-    assert not list(tmp_path.glob("out/two/check.yaml"))
+
+
+def test_two_calls_at_once_leave_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another call runs meanwhile is in it."""
+    path, out = write_suite(tmp_path), tmp_path / "out"
+    mine, other = cells_of(load_suite(path), Path("data").resolve())
+    write_run(out / "cells", mine)
+
+    def run_both(*arguments: Any) -> None:
+        run_cells(*arguments)
+        write_run(out / "cells", other)
+
+    monkeypatch.setattr(experiments, "run_cells", run_both)
+    assert run(path, out, "--methods", "fedavg") == 0
+    assert set(read_results(out / "two").method) == {"fedavg", "sfl"}
 
 
 def test_no_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +251,7 @@ def test_settings_are_checked_for_any_seed(tmp_path: Path, capsys: pytest.Captur
 
 def test_ctrl_c_while_settings_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """train.py's parser says 130 then, which is no setting that it refuses."""
-    monkeypatch.setattr(cli, "main", lambda args: 130)
+    monkeypatch.setattr(cli, "main", lambda *arguments: 130)
     assert run(write_suite(tmp_path), tmp_path / "out") == 130
 
 
@@ -342,6 +357,13 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         ["needs data.train_file", "none.csv", "--data_root"],
     ),
     ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),
+    ("class", {"settings": {"trainer.strategy.aggregator": "maen"}}, ["aggregator must be one of", "'maen'"]),
+    ("trainer", {"cases": {"x": {"trainer.max_steps": 5}}}, ["helpdesk-fedavg-x-0", "max_steps", "set max_epochs"]),
+    (
+        "callback",
+        {"methods": {"x": {"config": ELSA, "set": {"trainer.callbacks.SSOP.rank": 3}}}},
+        ["trainer.callbacks.SSOP.rank", "'BehaviorClustering', 'LatencyAwareAssignment'"],
+    ),
     ("no-list", {"seeds": 3}, ["seeds must be a list", "got 3"]),
     ("seed", {"seeds": [0, "a"]}, ["seeds must be whole numbers", "'a'"]),
     ("seed-twice", {"seeds": [0, 0]}, ["seeds must be whole numbers that differ"]),
@@ -435,6 +457,8 @@ def test_results_of_another_version(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_settings_by_their_names() -> None:
+    places = {"class_path": "elsa_pl.callbacks.LatencyAwareAssignment", "init_args": {"behaviour_weight": 1.0}}
+    callbacks: list[dict[str, Any]] = [{"class_path": "SSOP"}, places]
     config: dict[str, Any] = {"data": {"alpha": 1}}
     put(config, "data.alpha", 2)
     put(config, "trainer.strategy.num_edges", 3)
@@ -443,5 +467,14 @@ def test_settings_by_their_names() -> None:
         "data": {"alpha": 2},
         "trainer": {"strategy": {"init_args": {"num_edges": 3, "layout": "single"}}},
     }
-    with pytest.raises(ConfigurationError, match=r"cannot set data\.alpha\.x: alpha is 2"):
-        put(config, "data.alpha.x", 1)
+    for name in ("data.alpha.x", "trainer.callbacks.SSOP", "trainer.callbacks.SSOP.rank.x"):
+        config["trainer"]["callbacks"] = [{"class_path": "SSOP", "init_args": {"rank": 2}}]
+        with pytest.raises(ConfigurationError, match=rf"cannot set {name}\b.*: correct the name"):
+            put(config, name, 1)
+    config["trainer"]["callbacks"] = callbacks
+    put(config, "trainer.callbacks.LatencyAwareAssignment.latency_weight", 0.0)
+    put(config, "trainer.callbacks.SSOP.rank", 4)
+    assert callbacks == [
+        {"class_path": "SSOP", "init_args": {"rank": 4}},
+        {**places, "init_args": {"behaviour_weight": 1.0, "latency_weight": 0.0}},
+    ]

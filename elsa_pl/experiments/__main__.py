@@ -1,13 +1,11 @@
 """``python -m elsa_pl.experiments run SUITE.yaml`` and ``report FOLDER``."""
 
 import argparse
-import contextlib
-import io
 import os
 import signal
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -15,9 +13,6 @@ from elsa_pl.errors import ConfigurationError, ElsaError
 from elsa_pl.experiments.cells import Cell, Outcome, find_run, run_cells
 from elsa_pl.experiments.results import checked, failed_before, read_before, set_aside, write_results
 from elsa_pl.experiments.suites import CELLS_FOLDER, CPU_SIZE, Suite, choose, load_suite
-
-_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-"""How train.py ends then."""
 
 
 def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
@@ -32,37 +27,11 @@ def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
     return cells
 
 
-def check(cells: Sequence[Cell], folder: Path) -> None:
-    """Look for the data of one seed's cells, and have train.py's own parser read their settings, before anything runs.
-
-    Raises:
-        ConfigurationError: with the first file that is not there, or settings that are refused.
-    """
-    from elsa_pl import cli  # here because it takes seconds, and --help needs none of it
-
-    cells = [cell for cell in cells if cell.place["seed"] == cells[0].place["seed"]]
-    for cell in cells:
-        data = cell.config.get("data")
-        for name, value in data.items() if isinstance(data, Mapping) else ():
-            given = str(value).replace("${data_root}", str(cell.config["data_root"]))
-            if name.endswith("_file") and value is not None and not Path(given).is_file():
-                raise ConfigurationError(f"{cell.name} needs data.{name}, and there is no {given}: correct --data_root")
-    path = folder / "check.yaml"
-    try:
-        for cell in cells:
-            cell.write(path)
-            said = io.StringIO()
-            try:
-                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
-                    code: object = cli.main(["fit", "--config", str(path), "--print_config"])
-            except SystemExit as ended:
-                code = ended.code
-            if code in _INTERRUPTED:
-                raise KeyboardInterrupt
-            if code:
-                raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
-    finally:
-        path.unlink(missing_ok=True)
+def ended(cells: Sequence[Cell], folder: Path) -> dict[str, Outcome]:
+    """Those of the cells that have ended well, by their digests; those whose figures cannot be read as failed."""
+    return {
+        cell.digest: checked(Outcome(cell, found)) for cell in cells if (found := find_run(folder, cell)) is not None
+    }
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,27 +57,27 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         raise ConfigurationError(f"{args.suite} has no such runs: its rules of skip leave them out")
     # all that there is of the suite goes into its table, whatever is chosen to run now
-    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)} | {
-        cell.digest: checked(Outcome(cell, found))
-        for cell in cells
-        if (found := find_run(output / CELLS_FOLDER, cell)) is not None
-    }
+    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)}
+    outcomes |= ended(cells, output / CELLS_FOLDER)
     left = {cell.digest for cell in chosen if cell.digest not in outcomes or outcomes[cell.digest].run is None}
-    check([cell for cell in chosen if cell.digest in left], folder)
-    start, ran, total = time.monotonic(), 0, len({cell.digest for cell in chosen})
+    if left:
+        from elsa_pl.experiments.checks import check  # here because it takes seconds
+
+        check([cell for cell in chosen if cell.digest in left])
+    ran: set[str] = set()
+    start, total = time.monotonic(), len({cell.digest for cell in chosen})
     print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
     if len(left) < total:
         print(f"{total - len(left)} of them have ended well before", flush=True)
 
     def done(outcome: Outcome) -> None:
-        nonlocal ran
         if outcome.cell.digest not in left:
             return
         left.remove(outcome.cell.digest)
         outcomes[outcome.cell.digest] = outcome = checked(outcome)
         write()
-        ran += 1
-        remaining_s = (time.monotonic() - start) / ran * len(left)
+        ran.add(outcome.cell.digest)
+        remaining_s = (time.monotonic() - start) / len(ran) * len(left)
         figure = f"failed: {outcome.short_error}" if outcome.run is None else f"{outcome.seconds:.0f} s"
         print(f"[{total - len(left)}/{total}] {outcome.cell.name}: {figure}; {_time(remaining_s)} left", flush=True)
 
@@ -128,6 +97,11 @@ def run(args: argparse.Namespace) -> int:
     if outcomes:
         write()
     run_cells(chosen, output / CELLS_FOLDER, args.jobs, done)
+    # and what another call has run meanwhile
+    outcomes |= {
+        digest: outcome for digest, outcome in ended(cells, output / CELLS_FOLDER).items() if digest not in ran
+    }
+    write()
     failed = {cell.digest for cell in chosen if outcomes[cell.digest].run is None}
     print(f"{total - len(failed)} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
     report_on(folder)

@@ -8,7 +8,9 @@
         config: ../methods/elsa.yaml
         without: [LinkProjection]                     callbacks that are taken out
         add: [{class_path: TrustScoring}]             callbacks that come before the others
-        set: {data.batch_size: 4}                     settings, which count last
+        set:                                          settings, which count last
+          data.batch_size: 4
+          trainer.callbacks.TrustScoring.min_trust: 0.2     of a callback that is there
     cases: {faulty-25: {data.faulty_fraction: 0.25}}  settings, for all methods alike
     seeds: [0, 1, 2]
     settings: {trainer.max_epochs: 10}                for all runs alike
@@ -295,20 +297,34 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def put(config: dict[str, Any], name: str, value: object) -> None:
     """Set ``a.b.c`` in a configuration; settings of the strategy also go without ``init_args``.
 
+    One callback's are set as ``trainer.callbacks.TrustScoring.min_trust``.
+
     Raises:
-        ConfigurationError: there is a value on the way.
+        ConfigurationError: there is a value on the way, or no such callback.
     """
     *path, last = (
         name.replace("trainer.strategy.", "trainer.strategy.init_args.")
         .replace("init_args.init_args.", "init_args.")
         .split(".")
     )
+    holder: Any = config
     for key in path:
-        inner = config.setdefault(key, {})
-        if not isinstance(inner, dict):
-            raise ConfigurationError(f"cannot set {name}: {key} is {inner!r}: correct the name")
-        config = inner
-    config[last] = value
+        holder = _arguments(holder, name, key) if isinstance(holder, list) else holder.setdefault(key, {})
+        if not isinstance(holder, dict) and not (key == "callbacks" and isinstance(holder, list)):
+            raise ConfigurationError(f"cannot set {name}: {key} is {holder!r}: correct the name")
+    if isinstance(holder, list):
+        raise ConfigurationError(f"cannot set {name}: expected {name}.ARGUMENT: correct the name")
+    holder[last] = value
+
+
+def _arguments(callbacks: list[Any], name: str, wanted: str) -> dict[str, Any]:
+    """The arguments of the callback of a class, to be changed."""
+    _callbacks("trainer.callbacks", callbacks)
+    found = {callback["class_path"].rpartition(".")[2]: callback for callback in callbacks}
+    if wanted not in found:
+        raise ConfigurationError(f"cannot set {name}: there are the callbacks {[*found]}: correct the name")
+    arguments: dict[str, Any] = found[wanted].setdefault("init_args", {})
+    return arguments
 
 
 def _file(suite: Path, where: str, given: object) -> Path:

@@ -6,8 +6,6 @@ of the epoch with `aggregate` at the cloud, before validation looks at the model
 
 import logging
 from collections.abc import Mapping
-from dataclasses import astuple
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -30,6 +28,7 @@ from elsa_pl.rpc.messages import Member, Role, Update
 from elsa_pl.rpc.world import World
 from elsa_pl.strategies import progress
 from elsa_pl.strategies import topology as places
+from elsa_pl.strategies.agreement import agree_on_adapters, agree_on_links
 from elsa_pl.strategies.checks import check_device, refuse_unsupported, warn_of_idle, warn_of_overridden
 from elsa_pl.strategies.collectives import RpcStrategy
 from elsa_pl.strategies.environment import RoleEnvironment, address_from_environment
@@ -394,8 +393,13 @@ class HierarchicalStrategy(RpcStrategy):
                 places=self._compute_places(),
                 own_client=self.own_client,
             )
-            self._agree_on_adapters()
-            self._agree_on_links()
+            mine = {
+                "strategy.aggregator": self.aggregator,
+                "strategy.adapter_bits": self.adapter_bits,
+                "model.client_ranks": self._module.client_ranks,
+            }
+            agree_on_adapters(self.world, mine)
+            agree_on_links(self.world, self._module)
             self._fleet.know(self._profile, datamodule, measure=self.layout == "site")
             self._fleet.place()
             self.barrier()  # nobody calls an edge that is not served yet
@@ -403,57 +407,6 @@ class HierarchicalStrategy(RpcStrategy):
             self.fleet.provide_probes()
             self._module.forget_base_model()
         self.publish()
-
-    def _agree_on_adapters(self) -> None:
-        """What adapters are, and how they are sent and merged, stands in each process' own configuration.
-
-        Raises:
-            ConfigurationError: with the setting that differs, and in whose configuration.
-        """
-        mine = {
-            "strategy.aggregator": self.aggregator,
-            "strategy.adapter_bits": self.adapter_bits,
-            "model.client_ranks": self._module.client_ranks,
-        }
-        for worker, theirs in self.world.exchange(mine).items():
-            for setting, own in mine.items():
-                if theirs[setting] != own:
-                    raise ConfigurationError(
-                        f"{setting} differs: {own!r} at {self.world.worker}, {theirs[setting]!r} at {worker}: give both"
-                        " the same"
-                    )
-
-    def _agree_on_links(self) -> None:
-        """Both ends of a link make their halves of it from their own configuration: it must be the same.
-
-        Raises:
-            ConfigurationError: with the first stage that differs, and in whose configuration; or with whose secret or
-                token pooling.
-        """
-        checks = [hook() for hook in hooks(self._module.trainer, "secret_check")]
-        for worker, others in self.world.exchange(checks).items():
-            for own, other in zip(checks, others, strict=False):
-                if own is not None and other is not None and own != other:
-                    raise ConfigurationError(
-                        f"{self.world.worker} and {worker} have different secrets for SSOP or LinkEncryption: give"
-                        " both the same secret_file"
-                    )
-        pooling = astuple(self._module.token_pooling)
-        for worker, other in self.world.exchange(pooling).items():
-            if other != pooling:
-                raise ConfigurationError(
-                    f"model.token_pooling differs: uplink and downlink are {pooling} at {self.world.worker}, {other} at"
-                    f" {worker}: give both the same"
-                )
-        mine = {link: [stage.describe() for stage in stages] for link, stages in self._module.link_stages().items()}
-        for worker, theirs in self.world.exchange(mine).items():
-            for link in mine:
-                for number, (own, other) in enumerate(zip_longest(mine[link], theirs[link], fillvalue="nothing")):
-                    if own != other:
-                        raise ConfigurationError(
-                            f"stage {number} of the {link} differs: {own} at {self.world.worker}, {other} at {worker}:"
-                            " give both the same link callbacks in the same order"
-                        )
 
     def _make_rounds(self, datamodule: Any) -> Rounds:
         """The part of this process in the rounds, without clients yet."""

@@ -1,0 +1,63 @@
+"""What a suite checks before anything runs: the files of its data, and all settings as far as they are of no data.
+
+It takes the seconds that the imports of train.py take.
+"""
+
+import contextlib
+import io
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from elsa_pl import cli
+from elsa_pl.errors import ConfigurationError
+from elsa_pl.experiments.cells import Cell
+from elsa_pl.strategies.checks import refuse_unsupported
+
+_INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""How train.py ends then."""
+
+
+class _CheckingCLI(cli.ElsaCLI):
+    """Makes all that a run is made of, and runs nothing."""
+
+    def before_fit(self) -> None:
+        refuse_unsupported(self.trainer)
+
+    def fit(self, **kwargs: Any) -> None:
+        pass
+
+    def after_fit(self) -> None:
+        pass
+
+
+def check(cells: Sequence[Cell]) -> None:
+    """Look for the data of one seed's cells, and make their models, data modules, strategies and callbacks.
+
+    Raises:
+        ConfigurationError: with the first file that is not there, or settings that are refused.
+    """
+    cells = [cell for cell in cells if cell.place["seed"] == cells[0].place["seed"]]
+    for cell in cells:
+        data = cell.config.get("data")
+        for name, value in data.items() if isinstance(data, Mapping) else ():
+            given = str(value).replace("${data_root}", str(cell.config["data_root"]))
+            if name.endswith("_file") and value is not None and not Path(given).is_file():
+                raise ConfigurationError(f"{cell.name} needs data.{name}, and there is no {given}: correct --data_root")
+    print(f"checking the settings of {len(cells)} runs", flush=True)
+    with TemporaryDirectory(prefix="elsa-check-") as folder:
+        for cell in cells:
+            cell.write(path := Path(folder, "check.yaml"))
+            said = io.StringIO()
+            code: object
+            try:
+                with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
+                    code = cli.main(["fit", "--config", str(path), "--output_dir", folder], _CheckingCLI)
+            except SystemExit as ended:
+                code = ended.code
+            if code in _INTERRUPTED:
+                raise KeyboardInterrupt
+            if code:
+                raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
