@@ -239,9 +239,7 @@ class ElsaCLI(LightningCLI):
         if not site:
             _check_names("client_plans", model.client_plans, data.client_names)
             _check_names("client_ranks", model.client_ranks, data.client_names)
-        model.prepare(data.num_labels if model.task == "classification" else None)
-        model.check_aggregator(strategy.aggregator, strategy.adapter_bits)
-        model.check_links(self.trainer)
+        self.check_model(data.num_labels)
         if self.subcommand == "fit":
             strategy.check_probes(self.trainer, model, data)
         if self.subcommand in ("fit", "validate") and strategy.holds_data:
@@ -260,6 +258,21 @@ class ElsaCLI(LightningCLI):
             self._check_rounds()
         if strategy.holds_data:
             print(describe(strategy, data, self.run_dir), flush=True)
+
+    def check_model(self, num_labels: int | None) -> None:
+        """Build the model, and check what the strategy and the links ask of it.
+
+        Args:
+            num_labels: for classification.
+
+        Raises:
+            ConfigurationError: they do not go together.
+            ValueError: an unknown model, or a cut that does not fit it.
+        """
+        strategy, model = self.trainer.strategy, self.model
+        model.prepare(num_labels if model.task == "classification" else None)
+        model.check_aggregator(strategy.aggregator, strategy.adapter_bits)
+        model.check_links(self.trainer)
 
     def _check_rows(self) -> None:
         """Whether there are rows for the command; in the site layout one site may be without."""
@@ -338,13 +351,13 @@ class ElsaCLI(LightningCLI):
             self.model, metrics, seconds=seconds, adapter=adapter, stage=stage, tested_round=tested_round
         )
         write_summary(self.run_dir / "summary.json", summary)
-        if adapter is not None:
-            # here, because a run that has begun need not have waited for what draws
-            from elsa_pl.report import write_run_report
-            from elsa_pl.report.clients import write_clients
+        # here, because a run that has begun need not have waited for what draws
+        from elsa_pl.report.clients import write_clients
+        from elsa_pl.report.runs import write_run_report
 
+        if adapter is not None:
             write_clients(self.run_dir / "clients.csv", self.trainer)
-            write_run_report(self.run_dir)
+        write_run_report(self.run_dir)
         print(closing(summary, self.run_dir, self.model), flush=True)
 
     def _has_test(self) -> bool:
@@ -392,7 +405,7 @@ def main(args: Sequence[str] | None = None, command_line: type[ElsaCLI] = ElsaCL
 
     Args:
         args: the command line without the program's name; default: this process' own.
-        command_line: what is done with it.
+        command_line: what reads it and acts on it.
 
     Returns:
         Exit code: 0 for success, 1 for a failed run, 130 after Ctrl-C, 143 after SIGTERM; 2, by way of SystemExit, for

@@ -109,6 +109,7 @@ def test_test_gives_the_figures_of_the_fit(fitted: Fitted, tmp_path: Path, capfd
     assert content_of(fitted.run.folder) == before
     out, err = capfd.readouterr()
     assert f"test_accuracy {got['test_accuracy']:.4f}" in out
+    assert "<dt>test accuracy</dt>" in (run.folder / "report.html").read_text()
     assert str(run.folder / "summary.json") in out
     assert not [line for line in err.splitlines() if "Warning" in line or "eprecat" in line]
 
@@ -122,6 +123,7 @@ def test_validate_gives_the_figures_of_the_best_round(fitted: Fitted, tmp_path: 
     for figure in FIGURES:
         assert summary[f"val_{figure}"] == pytest.approx(best[f"val_{figure}"], abs=1e-7)
     assert "test_accuracy" not in summary
+    assert "<dt>validation accuracy</dt>" in (run.folder / "report.html").read_text()
 
 
 def test_predictions_have_the_accuracy_of_the_test(

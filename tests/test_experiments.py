@@ -17,9 +17,8 @@ import yaml
 from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments import COLUMNS, Cell, load_suite, read_results, results
-from elsa_pl.experiments import __main__ as experiments
-from elsa_pl.experiments.__main__ import cells_of, main
-from elsa_pl.experiments.cells import Outcome, error_of, run_cells
+from elsa_pl.experiments.__main__ import alone_in, cells_of, main
+from elsa_pl.experiments.cells import Outcome, error_of
 from elsa_pl.experiments.results import write_results
 from elsa_pl.experiments.suites import put
 from tests.runs import ROOT
@@ -161,19 +160,16 @@ def test_the_table_keeps_what_is_not_chosen(tmp_path: Path, capsys: pytest.Captu
     assert os.listdir(tmp_path / "out" / "two" / "pictures")
 
 
-def test_two_calls_at_once_leave_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another call runs meanwhile is in it."""
+def test_one_call_at_a_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A second one with the same --output would leave what the first one runs out of its table."""
     path, out = write_suite(tmp_path), tmp_path / "out"
-    mine, other = cells_of(load_suite(path), Path("data").resolve())
-    write_run(out / "cells", mine)
-
-    def run_both(*arguments: Any) -> None:
-        run_cells(*arguments)
-        write_run(out / "cells", other)
-
-    monkeypatch.setattr(experiments, "run_cells", run_both)
-    assert run(path, out, "--methods", "fedavg") == 0
-    assert set(read_results(out / "two").method) == {"fedavg", "sfl"}
+    for cell in cells_of(load_suite(path), Path("data").resolve()):
+        write_run(out / "cells", cell)
+    with alone_in(out):
+        assert run(path, out) == 1
+    assert f"another call runs suites into {out}" in capsys.readouterr().err
+    assert not (out / "two" / "results.csv").exists()
+    assert run(path, out) == 0
 
 
 def test_no_table_is_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -291,20 +287,29 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
                 "config": str(ROOT / "configs/methods/elsa.yaml"),
                 "without": ["LinkQuantization"],
                 "add": [{"class_path": "TrustScoring", "init_args": {"min_trust": 0.2}}],
-                "set": {"data.alpha": 0.3},
+                "set": {"data.alpha": 0.3, "trainer.callbacks.TrustScoring.min_trust": 0.4},
             }
         },
         cases={"few": {"data.alpha": 0.2, "data.batch_size": 2}},
         settings={"data.batch_size": 16, "trainer.strategy.local_steps": 2},
     )
-    config = load_suite(path).configuration("few", "helpdesk", "elsa")
+    suite = load_suite(path)
+    config = suite.configuration("few", "helpdesk", "elsa")
     assert config["data"]["alpha"] == 0.3
     assert config["data"]["batch_size"] == 2
     assert config["trainer"]["strategy"]["init_args"]["local_steps"] == 2
     assert config["trainer"]["strategy"]["init_args"]["edge_rounds"] == 10
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
     assert names == ["TrustScoring", "BehaviorClustering", "LatencyAwareAssignment", "LinkProjection"]
-    assert config["trainer"]["callbacks"][0]["init_args"] == {"min_trust": 0.2}
+    assert config["trainer"]["callbacks"][0]["init_args"] == {"min_trust": 0.4}
+    assert suite.methods["elsa"].add[0]["init_args"] == {"min_trust": 0.2}, "the next cell begins with it"
+
+
+def test_a_case_says_nothing_of_the_next(tmp_path: Path) -> None:
+    cases = {"deep": {"model.plan.front": 2}, "as-is": {}}
+    suite = load_suite(write_suite(tmp_path, settings={"model.plan": {"front": 1}}, cases=cases))
+    fronts = [suite.configuration(case, "helpdesk", "sfl")["model"]["plan"]["front"] for case in cases]
+    assert fronts == [2, 1]
 
 
 def test_cells_are_known_by_their_settings() -> None:
@@ -358,6 +363,12 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ),
     ("value", {"settings": {"data.batch_size": "many"}}, ["batch_size", "many"]),
     ("class", {"settings": {"trainer.strategy.aggregator": "maen"}}, ["aggregator must be one of", "'maen'"]),
+    (
+        "together",
+        {"methods": {"x": {"config": ELSA, "set": {"trainer.strategy.aggregator": "stacked"}}}},
+        ["helpdesk-x-all-0", "strategy.adapter_bits=32 with aggregator=stacked"],
+    ),
+    ("model", {"settings": {"model.plan.front": 7}}, ["helpdesk-fedavg-all-0", "front=7"]),
     ("trainer", {"cases": {"x": {"trainer.max_steps": 5}}}, ["helpdesk-fedavg-x-0", "max_steps", "set max_epochs"]),
     (
         "callback",
@@ -383,7 +394,7 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("setting-seed", {"cases": {"x": {"seed_everything": 3}}}, ["cases.x", "the suite's seeds"]),
     (
         "callbacks",
-        {"methods": {"x": {"config": ELSA, "without": ["SSOP"], "set": {"trainer.callbacks": "SSOP"}}}},
+        {"methods": {"x": {"config": ELSA, "without": ["SSOP"]}}, "settings": {"trainer.callbacks": "SSOP"}},
         ["trainer.callbacks of methods.x", "got 'SSOP'"],
     ),
 ]

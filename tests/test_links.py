@@ -271,7 +271,9 @@ def test_a_run_is_audited_again_without_training(base: Settings, tmp_path: Path,
         again += ["--trainer.callbacks+=PrivacyAudit", "--trainer.callbacks.num_texts=12"]
         again += ["--trainer.callbacks.num_known=4", "--trainer.callbacks.pictures=false"]
     assert cli.main(again) == 0
-    table = pd.read_csv(find_run(tmp_path, "again").folder / "privacy.csv")
+    folder = find_run(tmp_path, "again").folder
+    assert "<h2>Privacy</h2>" in (folder / "report.html").read_text()
+    table = pd.read_csv(folder / "privacy.csv")
     assert set(table["round"]) == {1}, "those of the checkpoint"
     assert table["share"].between(0, 1).all()
     assert not table.duplicated(["reader", "what"]).any()

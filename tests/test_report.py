@@ -16,9 +16,10 @@ from elsa_pl.callbacks import drawing
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments.__main__ import main
 from elsa_pl.experiments.results import COLUMNS
-from elsa_pl.report import write_run_report, write_suite_report
 from elsa_pl.report.curves import draw_lines, of_one
 from elsa_pl.report.page import Page, Section, Table, number, text
+from elsa_pl.report.runs import write_run_report
+from elsa_pl.report.suites import write_suite_report
 from tests.runs import ROOT, run_here, write_data
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}
@@ -204,6 +205,7 @@ def test_what_a_run_leaves(run_dir: Path) -> None:
 def test_figures_of_a_suite(suite_dir: Path) -> None:
     """By hand: heights of 0.85 and 0.75 at seeds 0 to 2, and a difference that is the same for all seeds."""
     page = write_suite_report(suite_dir).read_text()
+    assert "best test accuracy in faulty-0, trec: elsa" in page
     assert "86.0, 87.0" in page
     assert "+10.0 [+10.0, +10.0]" in page
     # 0.85 - 0.3 / r + 0.01 s >= 0.7 from round 2 on; 0.75 - ... never at seed 0 and 1 before round 6

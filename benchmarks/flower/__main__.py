@@ -15,10 +15,10 @@ tokenize their texts for each: that is left out).
 The two take turns, seed by seed. Seconds of a round are those of training and averaging, without evaluation, which
 Flower does in one process and this project in two, and without checkpoints; the first round is left out, because
 Flower's actors load their data in it. Bytes are of adapters: in Flower as it serialises arrays, here as tensors,
-counted also between the edge and the cloud, which is one eleventh.
+counted also between the edge and the cloud, as if that were one more client.
 
 It needs the extra `flower`: ``pip install -e '.[flower]'``, without the constraints, as Flower asks for older
-packaging, rich and typer. Three seeds of 6 rounds take 6 minutes on 2 CPU cores.
+packaging, rich and typer. Three seeds of 6 rounds take 6 to 10 minutes on 2 CPU cores.
 Every process that was started is ended, also after Ctrl-C.
 """
 

@@ -1,11 +1,13 @@
 """``python -m elsa_pl.experiments run SUITE.yaml`` and ``report FOLDER``."""
 
 import argparse
+import fcntl
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -27,11 +29,21 @@ def cells_of(suite: Suite, data_root: Path) -> list[Cell]:
     return cells
 
 
-def ended(cells: Sequence[Cell], folder: Path) -> dict[str, Outcome]:
-    """Those of the cells that have ended well, by their digests; those whose figures cannot be read as failed."""
-    return {
-        cell.digest: checked(Outcome(cell, found)) for cell in cells if (found := find_run(folder, cell)) is not None
-    }
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Let no other call run suites into a folder meanwhile: each would leave what the other runs out of its table.
+
+    Raises:
+        ConfigurationError: another call does.
+    """
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigurationError(
+                f"another call runs suites into {folder}: wait for its end, or give another --output"
+            ) from error
+        yield
 
 
 def run(args: argparse.Namespace) -> int:
@@ -46,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
         choose("--" + kind + "s", kind, given or [], known)
     output: Path = args.output.resolve()
     folder = output / suite.name
-    before = read_before(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -55,29 +66,53 @@ def run(args: argparse.Namespace) -> int:
     cells = cells_of(suite, args.data_root.resolve())
     chosen = [cell for cell in cells if all(not names or cell.place[kind] in names for kind, names in wanted.items())]
     if not chosen:
-        raise ConfigurationError(f"{args.suite} has no such runs: its rules of skip leave them out")
+        raise ConfigurationError(
+            f"{args.suite} has no such runs, as its rules of skip leave them out: choose other methods or cases"
+        )
+    with alone_in(output):
+        failed = run_chosen(suite, cells, chosen, output, args.jobs)
+    report_on(folder)
+    return 1 if failed else 0
+
+
+def run_chosen(suite: Suite, cells: Sequence[Cell], chosen: Sequence[Cell], output: Path, jobs: int) -> int:
+    """Run what has not ended well yet, and write the table after each run; returns how many of the chosen failed.
+
+    Args:
+        suite: what the table says of it.
+        cells: all of the suite.
+        chosen: those of them to be run.
+        output: folder of suites and runs.
+        jobs: runs at a time.
+    """
+    folder = output / suite.name
+    before = read_before(folder)
     # all that there is of the suite goes into its table, whatever is chosen to run now
     outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)}
-    outcomes |= ended(cells, output / CELLS_FOLDER)
+    outcomes |= {
+        cell.digest: checked(Outcome(cell, found))
+        for cell in cells
+        if (found := find_run(output / CELLS_FOLDER, cell)) is not None
+    }
     left = {cell.digest for cell in chosen if cell.digest not in outcomes or outcomes[cell.digest].run is None}
     if left:
         from elsa_pl.experiments.checks import check  # here because it takes seconds
 
         check([cell for cell in chosen if cell.digest in left])
-    ran: set[str] = set()
-    start, total = time.monotonic(), len({cell.digest for cell in chosen})
-    print(f"{suite.title}: {total} runs, {args.jobs} at a time, into {folder}", flush=True)
+    start, ran, total = time.monotonic(), 0, len({cell.digest for cell in chosen})
+    print(f"{suite.title}: {total} runs, {jobs} at a time, into {folder}", flush=True)
     if len(left) < total:
         print(f"{total - len(left)} of them have ended well before", flush=True)
 
     def done(outcome: Outcome) -> None:
+        nonlocal ran
         if outcome.cell.digest not in left:
             return
         left.remove(outcome.cell.digest)
         outcomes[outcome.cell.digest] = outcome = checked(outcome)
         write()
-        ran.add(outcome.cell.digest)
-        remaining_s = (time.monotonic() - start) / len(ran) * len(left)
+        ran += 1
+        remaining_s = (time.monotonic() - start) / ran * len(left)
         figure = f"failed: {outcome.short_error}" if outcome.run is None else f"{outcome.seconds:.0f} s"
         print(f"[{total - len(left)}/{total}] {outcome.cell.name}: {figure}; {_time(remaining_s)} left", flush=True)
 
@@ -96,21 +131,15 @@ def run(args: argparse.Namespace) -> int:
         )
     if outcomes:
         write()
-    run_cells(chosen, output / CELLS_FOLDER, args.jobs, done)
-    # and what another call has run meanwhile
-    outcomes |= {
-        digest: outcome for digest, outcome in ended(cells, output / CELLS_FOLDER).items() if digest not in ran
-    }
-    write()
-    failed = {cell.digest for cell in chosen if outcomes[cell.digest].run is None}
-    print(f"{total - len(failed)} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
-    report_on(folder)
-    return 1 if failed else 0
+    run_cells(chosen, output / CELLS_FOLDER, jobs, done)
+    failed = len({cell.digest for cell in chosen if outcomes[cell.digest].run is None})
+    print(f"{total - failed} of {total} runs ended well, in {_time(time.monotonic() - start)}", flush=True)
+    return failed
 
 
 def report_on(folder: Path) -> None:
     """Write a suite's report, and say where it lies."""
-    from elsa_pl.report import write_suite_report  # here because it takes matplotlib
+    from elsa_pl.report.suites import write_suite_report  # here because it takes matplotlib
 
     print(f"table:  {folder / 'results.csv'}\nreport: {write_suite_report(folder)}", flush=True)
 
@@ -119,7 +148,7 @@ def report(args: argparse.Namespace) -> int:
     """Make the report of a suite, or of a run, once more."""
     folder: Path = args.folder.resolve()
     if (folder / "summary.json").is_file():
-        from elsa_pl.report import write_run_report  # here because it takes matplotlib
+        from elsa_pl.report.runs import write_run_report  # here because it takes matplotlib
 
         print(f"report: {write_run_report(folder)}", flush=True)
         return 0

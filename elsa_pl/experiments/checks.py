@@ -1,6 +1,7 @@
-"""What a suite checks before anything runs: the files of its data, and all settings as far as they are of no data.
+"""What a suite checks before anything runs, so that hours later no run ends with an error that could have been known.
 
-It takes the seconds that the imports of train.py take.
+That the files of its data are there, and all settings as far as they can be tried without reading data. It is a file of
+its own because it imports what train.py does, which takes seconds.
 """
 
 import contextlib
@@ -20,11 +21,15 @@ _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """How train.py ends then."""
 
 
+_ANY_NUM_LABELS = 2
+
+
 class _CheckingCLI(cli.ElsaCLI):
     """Makes all that a run is made of, and runs nothing."""
 
     def before_fit(self) -> None:
         refuse_unsupported(self.trainer)
+        self.check_model(_ANY_NUM_LABELS)
 
     def fit(self, **kwargs: Any) -> None:
         pass
@@ -34,7 +39,7 @@ class _CheckingCLI(cli.ElsaCLI):
 
 
 def check(cells: Sequence[Cell]) -> None:
-    """Look for the data of one seed's cells, and make their models, data modules, strategies and callbacks.
+    """Look for the data of one seed's cells, and try their settings out.
 
     Raises:
         ConfigurationError: with the first file that is not there, or settings that are refused.

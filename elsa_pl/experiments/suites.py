@@ -22,8 +22,10 @@ Files are found from the suite's folder. A case, a method or a data set may be l
 ``skip: [{method: central, case: faulty-25}]``.
 """
 
+import copy
 import itertools
 import json
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -89,6 +91,11 @@ class Method:
     settings: Settings = field(default_factory=dict)
     """Settings by their names on the command line."""
 
+    def describe(self) -> dict[str, Any]:
+        """What a suite's file says of it, without what it leaves out."""
+        found = {"without": list(self.without), "add": list(self.add), "set": dict(self.settings)}
+        return {"config": os.path.normpath(self.config), **{name: value for name, value in found.items() if value}}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
@@ -152,6 +159,11 @@ class Suite:
             },
             "target_accuracy": dict(self.target_accuracy),
             "budgets_mb": list(self.budgets_mb),
+            "configuration": {
+                "data_sets": {name: os.path.normpath(path) for name, path in self.data_sets.items()},
+                "methods": {name: method.describe() for name, method in self.methods.items()},
+                "settings": dict(self.settings),
+            },
         }
 
     def configuration(self, case: str, data_set: str, method: str) -> dict[str, Any]:
@@ -169,7 +181,7 @@ class Suite:
             raise ConfigurationError(
                 f"{files[0]} and {files[1]} make no configuration: {error}: correct them"
             ) from error
-        for settings in (self.settings, self.cases[case], chosen.settings):
+        for settings in (self.settings, self.cases[case]):
             for name, value in settings.items():
                 put(config, name, value)
         if chosen.without or chosen.add:
@@ -183,7 +195,9 @@ class Suite:
                     " correct the names"
                 )
             kept = [callback for callback, name in zip(callbacks, names, strict=True) if name not in chosen.without]
-            config["trainer"]["callbacks"] = [*map(dict, chosen.add), *kept]
+            config["trainer"]["callbacks"] = [*copy.deepcopy(chosen.add), *kept]
+        for name, value in chosen.settings.items():
+            put(config, name, value)
         return config
 
 
@@ -297,34 +311,40 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def put(config: dict[str, Any], name: str, value: object) -> None:
     """Set ``a.b.c`` in a configuration; settings of the strategy also go without ``init_args``.
 
-    One callback's are set as ``trainer.callbacks.TrustScoring.min_trust``.
+    An argument of all callbacks of a class is set as ``trainer.callbacks.TrustScoring.min_trust``.
 
     Raises:
         ConfigurationError: there is a value on the way, or no such callback.
     """
-    *path, last = (
+    parts = (
         name.replace("trainer.strategy.", "trainer.strategy.init_args.")
         .replace("init_args.init_args.", "init_args.")
         .split(".")
     )
-    holder: Any = config
-    for key in path:
-        holder = _arguments(holder, name, key) if isinstance(holder, list) else holder.setdefault(key, {})
-        if not isinstance(holder, dict) and not (key == "callbacks" and isinstance(holder, list)):
-            raise ConfigurationError(f"cannot set {name}: {key} is {holder!r}: correct the name")
-    if isinstance(holder, list):
-        raise ConfigurationError(f"cannot set {name}: expected {name}.ARGUMENT: correct the name")
-    holder[last] = value
+    holders = [config]
+    if parts[:2] == ["trainer", "callbacks"] and len(parts) > 3:
+        holders = _arguments(config, name, parts[2])
+        parts = parts[3:]
+    for holder in holders:
+        for key in parts[:-1]:
+            inner = holder.setdefault(key, {})
+            if not isinstance(inner, dict):
+                raise ConfigurationError(f"cannot set {name}: {key} is {inner!r}: correct the name")
+            holder = inner
+        holder[parts[-1]] = copy.deepcopy(value)
 
 
-def _arguments(callbacks: list[Any], name: str, wanted: str) -> dict[str, Any]:
-    """The arguments of the callback of a class, to be changed."""
-    _callbacks("trainer.callbacks", callbacks)
-    found = {callback["class_path"].rpartition(".")[2]: callback for callback in callbacks}
-    if wanted not in found:
-        raise ConfigurationError(f"cannot set {name}: there are the callbacks {[*found]}: correct the name")
-    arguments: dict[str, Any] = found[wanted].setdefault("init_args", {})
-    return arguments
+def _arguments(config: Mapping[str, Any], name: str, wanted: str) -> list[dict[str, Any]]:
+    """Those of all callbacks of a class, to be changed."""
+    callbacks: Any = _callbacks("trainer.callbacks", (config.get("trainer") or {}).get("callbacks") or [])
+    names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+    if wanted not in names:
+        raise ConfigurationError(f"cannot set {name}: there are the callbacks {names}: correct the name")
+    return [
+        callback.setdefault("init_args", {})
+        for callback, found in zip(callbacks, names, strict=True)
+        if found == wanted
+    ]
 
 
 def _file(suite: Path, where: str, given: object) -> Path:

@@ -25,7 +25,7 @@ def write_run_report(run_dir: Path) -> Path:
         run_dir: with ``summary.json``; what else is there is shown.
 
     Raises:
-        ConfigurationError: no summary, or not that of a run of fit.
+        ConfigurationError: no summary, or what is none.
     """
     path = run_dir / "summary.json"
     if not path.is_file():
@@ -36,7 +36,7 @@ def write_run_report(run_dir: Path) -> Path:
     except (ValueError, TypeError) as error:
         raise ConfigurationError(f"{path} is no summary of a run: {error}: run it again") from error
     if missing:
-        raise ConfigurationError(f"{path} lacks {', '.join(missing)}: it needs to be of a run of fit that has ended")
+        raise ConfigurationError(f"{path} lacks {', '.join(missing)}: run it again")
     metrics = _metrics(run_dir / "metrics.csv")
     page = Page(
         title=f"{run_dir.parent.name}, {run_dir.name}", subtitle=_subtitle(run_dir, summary), figures=_figures(summary)
@@ -90,6 +90,7 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     seconds = summary["seconds"]
     perplexity, peak = summary.get("test_perplexity"), summary.get("peak_bytes")
     found = [
+        (percent("val_accuracy"), "validation accuracy"),
         (percent("test_accuracy"), "test accuracy"),
         (percent("test_merged_accuracy"), "test accuracy, adapters merged into the uncut model"),
         (None if perplexity is None else f"{perplexity:.1f}", "test perplexity"),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 
 from elsa_pl.errors import ConfigurationError
@@ -24,6 +25,8 @@ _MEASURES = (
 )
 _CHANGE = 1.5
 """A figure besides accuracy is shown where it grows by so much."""
+
+_MOST_HEADLINES = 6
 
 _NUMBERED = re.compile(r"(.*?)-(\d+(?:\.\d+)?)$")
 
@@ -62,6 +65,7 @@ def write_suite_report(folder: Path) -> Path:
         page.sections.append(Section("Failed runs", errors=errors))
     order = [name for name in suite["methods"] if name in set(cells.method)]
     cases = [name for name in suite["cases"] if name in set(done.case)]
+    page.figures += _best(done, cases)
     page.sections += _by_number(folder, done, order, cases)
     for case in cases:
         for data_set, part in done[done.case == case].groupby("data_set", sort=False):
@@ -72,7 +76,22 @@ def write_suite_report(folder: Path) -> Path:
     page.details.append(
         ("cases", "\n".join(f"{name}: {what or 'as in the files'}" for name, what in suite["cases"].items()))
     )
+    if "configuration" in suite:  # older suites have none
+        said = yaml.safe_dump(suite["configuration"], sort_keys=False, width=120)
+        page.details.append(("configuration", said))
     return page.write(folder / "report.html")
+
+
+def _best(done: pd.DataFrame, cases: list[str]) -> list[tuple[str, str]]:
+    """The best mean test accuracy in the first cases and data sets, and whose it is."""
+    means = done.dropna(subset="test_accuracy").groupby(["case", "data_set", "method"], sort=False).test_accuracy.mean()
+    best = means.loc[means.groupby(["case", "data_set"], sort=False).idxmax()].sort_index(
+        level="case", key=lambda names: names.map(cases.index), sort_remaining=False
+    )
+    return [
+        (f"{100 * mean:.1f}%", f"best test accuracy in {case}, {data_set}: {method}")
+        for (case, data_set, method), mean in best.head(_MOST_HEADLINES).items()
+    ]
 
 
 def _log_of(folder: Path, run: object) -> str:

@@ -1,4 +1,7 @@
-"""What stands in each process' own configuration and must be the same in all: asked before any client is placed."""
+"""What stands in each process' own configuration and must be the same in all.
+
+It is compared before any client is placed: halves that differ would train on numbers that mean something else.
+"""
 
 from collections.abc import Mapping
 from dataclasses import astuple
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def agree_on_adapters(world: World, mine: Mapping[str, Any]) -> None:
-    """What adapters are, and how they are sent and merged. Every process calls.
+    """Refuse processes that differ in what adapters are, and in how they are sent and merged. Every process calls.
 
     Args:
         world: the processes.
@@ -32,7 +35,7 @@ def agree_on_adapters(world: World, mine: Mapping[str, Any]) -> None:
 
 
 def agree_on_links(world: World, module: "SplitModel") -> None:
-    """Both ends of a link make their halves of it. Every process calls.
+    """Refuse links whose two ends would make different halves of them. Every process calls.
 
     Args:
         world: the processes.
