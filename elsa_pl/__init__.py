@@ -7,7 +7,9 @@ adapters. The parts, in the order in which they may import each other:
 - `elsa_pl.callbacks` and `elsa_pl.rpc`: Lightning callbacks; processes and what they say to each other;
 - `elsa_pl.datamodules`: text divided among clients;
 - `elsa_pl.tiers` and `elsa_pl.strategies`: what each place does, and how a run is held together;
-- `elsa_pl.cli`: `python train.py`.
+- `elsa_pl.report`: the page that a run leaves;
+- `elsa_pl.cli`: `python train.py`;
+- `elsa_pl.experiments`: suites of such runs, and their pages.
 
 Importing this package imports none of them, so that one piece can be used without paying for the rest.
 """

@@ -15,11 +15,11 @@ from selenium.webdriver.common.by import By
 from elsa_pl.callbacks import drawing
 from elsa_pl.errors import ConfigurationError
 from elsa_pl.experiments.__main__ import main
+from elsa_pl.experiments.report import write_suite_report
 from elsa_pl.experiments.results import COLUMNS
 from elsa_pl.report.curves import draw_lines, of_one
 from elsa_pl.report.page import Page, Section, Table, number, text
 from elsa_pl.report.runs import write_run_report
-from elsa_pl.report.suites import write_suite_report
 from tests.runs import ROOT, run_here, write_data
 
 SIZES = {"desktop": (1280, 800), "phone": (390, 844)}

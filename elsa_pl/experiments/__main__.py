@@ -139,7 +139,7 @@ def run_chosen(suite: Suite, cells: Sequence[Cell], chosen: Sequence[Cell], outp
 
 def report_on(folder: Path) -> None:
     """Write a suite's report, and say where it lies."""
-    from elsa_pl.report.suites import write_suite_report  # here because it takes matplotlib
+    from elsa_pl.experiments.report import write_suite_report  # here because it takes matplotlib
 
     print(f"table:  {folder / 'results.csv'}\nreport: {write_suite_report(folder)}", flush=True)
 

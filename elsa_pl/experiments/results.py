@@ -1,4 +1,8 @@
-"""The table of a suite: a row for each cell and global round, from what the runs left in their folders."""
+"""The table of a suite: a row for each cell and global round, from what the runs left in their folders.
+
+It is written anew after each run and replaced as a whole: whatever interrupts a suite leaves a table that can be read.
+One that another version wrote is refused, rather than read for something else.
+"""
 
 import functools
 import json
@@ -208,12 +212,12 @@ def _read_description(folder: Path) -> dict[str, Any]:
     path = folder / "suite.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        format = found.get("format")
+        written = found.get("format")
     except (ValueError, AttributeError) as error:
         raise ConfigurationError(f"{path} is no suite's description: move the folder away, or give --output") from error
-    if format != FORMAT:
+    if written != FORMAT:
         raise ConfigurationError(
-            f"{path} is of format {format!r}, and this version of elsa_pl writes format {FORMAT}: give another"
+            f"{path} is of format {written!r}, and this version of elsa_pl writes format {FORMAT}: give another"
             " --output, or use the version that wrote it"
         )
     return found

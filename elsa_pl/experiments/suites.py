@@ -396,7 +396,9 @@ def _require(where: str, given: object, known: Mapping[str, type] | None = None)
     if known is None:
         return found
     if unknown := sorted(set(given) - set(known), key=str):
-        raise ConfigurationError(f"{where}: unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
+        raise ConfigurationError(
+            f"{where}: unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}: correct it"
+        )
     for name, value in found.items():
         if not isinstance(value, known[name]):
             raise ConfigurationError(

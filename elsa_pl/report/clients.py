@@ -1,4 +1,8 @@
-"""``clients.csv``: what a run knows of each of its clients in the end."""
+"""``clients.csv``: what a run knows of each of its clients in the end.
+
+Callbacks, data and strategy each know a part, and only while the run is there: a report that is made later takes all of
+it from this file.
+"""
 
 from pathlib import Path
 from typing import Any

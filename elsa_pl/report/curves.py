@@ -1,4 +1,8 @@
-"""Lines of several methods, or of one run, over rounds, bytes and simulated time."""
+"""Lines of several methods, or of one run, over rounds, bytes and simulated time.
+
+Runs and suites draw the same curves, and a method has one colour and one kind of line in all pictures of a page: drawn
+in two places, they would soon differ.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple

@@ -1,4 +1,4 @@
-"""The report of one run, from what lies in its folder."""
+"""The report of one run, from what lies in its folder and nothing else: it can be made again years later."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,8 @@
-"""The report of a suite, from its table."""
+"""The report of a suite, from its table and what was said of it.
+
+The means, intervals and targets that one compares methods by are computed here and not by whoever reads the table, so
+that all suites are compared by the same.
+"""
 
 import re
 from pathlib import Path
