@@ -1,6 +1,7 @@
 """Runs of the product on data and models so small that a test can afford several of them."""
 
 import functools
+import io
 import json
 import multiprocessing
 import os
@@ -9,8 +10,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import chdir
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import chdir, contextmanager, nullcontext
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.context import ForkServerProcess
@@ -19,7 +20,9 @@ from typing import Any
 
 import docstring_parser
 import pandas as pd
+import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from elsa_pl import cli
@@ -140,12 +143,26 @@ def arguments(output_dir: Path, name: str, settings: Settings) -> list[str]:
     return args
 
 
-def run_here(output_dir: Path, name: str, settings: Settings) -> Run:
+@contextmanager
+def without_pictures() -> Iterator[None]:
+    """Let figures be made, but no pixels: those take half of the time of a run here, and few tests look at them."""
+
+    def save(figure: Figure, target: Any, **settings: Any) -> None:
+        if not isinstance(target, io.IOBase):
+            Path(target).touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield
+
+
+def run_here(output_dir: Path, name: str, settings: Settings, *, pictures: bool = False) -> Run:
     """Run in this process: layouts of one process only.
 
     A second world in one process numbers RPC's barriers on from the first, which fresh peers do not.
     """
-    assert cli.main(arguments(output_dir, name, settings)) == 0
+    with nullcontext() if pictures else without_pictures():
+        assert cli.main(arguments(output_dir, name, settings)) == 0
     return find_run(output_dir, name)
 
 
@@ -176,7 +193,8 @@ def _main(arguments: Sequence[str], environment: Mapping[str, str], outputs: Seq
     os.environ.update(environment)
     os.chdir(folder)
     sys.argv = ["train.py", *arguments]
-    sys.exit(cli.main())
+    with without_pictures():
+        sys.exit(cli.main())
 
 
 class Forked:

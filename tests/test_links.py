@@ -239,7 +239,7 @@ def test_an_audit_attacks_what_is_sent(base: Settings, tmp_path: Path) -> None:
         "sealed": [INT4, ENCRYPTED, audit],
     }
     for name, callbacks in stacks.items():
-        run = run_here(tmp_path, name, {**with_links(base, *callbacks), **more})
+        run = run_here(tmp_path, name, {**with_links(base, *callbacks), **more}, pictures=True)
         table = pd.read_csv(run.folder / "privacy.csv")
         tables[name] = table.set_index(["reader", "what"])["share"]
         tokens = table[table["reader"] != "labels"]

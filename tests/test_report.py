@@ -57,7 +57,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "profile.distribution": "mixed",
         "trainer.callbacks": [*({"class_path": name} for name in callbacks), audit],
     }
-    return run_here(folder, "run", settings).folder
+    return run_here(folder, "run", settings, pictures=True).folder
 
 
 def rows_of(case: str, method: str, seed: int, height: float) -> list[dict[str, Any]]:
