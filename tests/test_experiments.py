@@ -290,7 +290,10 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
                 "set": {"data.alpha": 0.3, "trainer.callbacks.TrustScoring.min_trust": 0.4},
             }
         },
-        cases={"few": {"data.alpha": 0.2, "data.batch_size": 2}},
+        cases={
+            "few": {"data.alpha": 0.2, "data.batch_size": 2, "trainer.callbacks.LinkProjection.ratio": 8},
+            "less": {"trainer.callbacks.TrustScoring.smoothing": 0.25},
+        },
         settings={"data.batch_size": 16, "trainer.strategy.local_steps": 2},
     )
     suite = load_suite(path)
@@ -302,7 +305,9 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
     names = [callback["class_path"] for callback in config["trainer"]["callbacks"]]
     assert names == ["TrustScoring", "BehaviorClustering", "LatencyAwareAssignment", "LinkProjection"]
     assert config["trainer"]["callbacks"][0]["init_args"] == {"min_trust": 0.4}
-    assert suite.methods["elsa"].add[0]["init_args"] == {"min_trust": 0.2}, "the next cell begins with it"
+    assert config["trainer"]["callbacks"][3]["init_args"] == {"ratio": 8}
+    added = suite.configuration("less", "helpdesk", "elsa")["trainer"]["callbacks"][0]
+    assert added["init_args"] == {"min_trust": 0.4, "smoothing": 0.25}, "nothing of the cell before"
 
 
 def test_a_case_says_nothing_of_the_next(tmp_path: Path) -> None:
@@ -368,6 +373,11 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         {"methods": {"x": {"config": ELSA, "set": {"trainer.strategy.aggregator": "stacked"}}}},
         ["helpdesk-x-all-0", "strategy.adapter_bits=32 with aggregator=stacked"],
     ),
+    (
+        "exception",
+        {"settings": {"model.model": None, "model.model_config": {"model_type": "bert", "hidden_size": "x"}}},
+        ["helpdesk-fedavg-all-0: Strict", "hidden_size"],
+    ),
     ("model", {"settings": {"model.plan.front": 7}}, ["helpdesk-fedavg-all-0", "front=7"]),
     ("trainer", {"cases": {"x": {"trainer.max_steps": 5}}}, ["helpdesk-fedavg-x-0", "max_steps", "set max_epochs"]),
     (
@@ -391,11 +401,16 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("without-text", {"methods": {"x": {"config": ELSA, "without": [{"a": 1}]}}}, ["without", "{'a': 1}"]),
     ("setting-number", {"settings": {3: 4}}, ["settings", "expected names such as data.alpha; got 3"]),
     ("setting-date", {"settings": {"name_": date(2026, 1, 2)}}, ["name_", "a date needs quotes"]),
+    (
+        "add-date",
+        {"methods": {"x": {"config": ELSA, "add": [{"class_path": "SSOP", "init_args": {"rank": date(2026, 1, 2)}}]}}},
+        ["methods.x.add", "a date needs quotes"],
+    ),
     ("setting-seed", {"cases": {"x": {"seed_everything": 3}}}, ["cases.x", "the suite's seeds"]),
     (
         "callbacks",
-        {"methods": {"x": {"config": ELSA, "without": ["SSOP"]}}, "settings": {"trainer.callbacks": "SSOP"}},
-        ["trainer.callbacks of methods.x", "got 'SSOP'"],
+        {"methods": {"x": FEDAVG}, "settings": {"trainer.callbacks": "SSOP", "trainer.callbacks.SSOP.rank": 3}},
+        ["trainer.callbacks: expected a list of callbacks", "got 'SSOP'"],
     ),
 ]
 
@@ -404,6 +419,7 @@ ELSE: list[tuple[str, bytes, list[str]]] = [
     ("interpolation", b"data: {alpha: '${nope'}", ["make no configuration", "${nope"]),
     ("list", b"trainer: [1]", ["make no configuration"]),
     ("no-data", b"data: [1]", ["expected settings in data; got [1]"]),
+    ("no-trainer", b"trainer: x", ["x"]),
 ]
 
 

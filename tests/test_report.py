@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,6 +95,7 @@ def write_table(folder: Path, rows: list[dict[str, Any]]) -> Path:
         "cases": {"faulty-0": "", "faulty-25": "data.faulty_fraction 0.25"},
         "target_accuracy": {"trec": 0.7},
         "budgets_mb": [0.5, 2],
+        "configuration": {"methods": {"elsa": {"config": "elsa.yaml", "set": {"data.alpha": 0.25}}}},
     }
     (folder / "suite.json").write_text(json.dumps(suite))
     return folder
@@ -205,7 +207,9 @@ def test_what_a_run_leaves(run_dir: Path) -> None:
 def test_figures_of_a_suite(suite_dir: Path) -> None:
     """By hand: heights of 0.85 and 0.75 at seeds 0 to 2, and a difference that is the same for all seeds."""
     page = write_suite_report(suite_dir).read_text()
-    assert "best test accuracy in faulty-0, trec: elsa" in page
+    best = re.findall(r"<dt>best test accuracy in (.*?)</dt><dd>(.*?)</dd>", page)
+    assert best == [("faulty-0, trec: elsa", "86.0%"), ("faulty-25, trec: elsa", "81.0%")]
+    assert "data.alpha: 0.25" in page
     assert "86.0, 87.0" in page
     assert "+10.0 [+10.0, +10.0]" in page
     # 0.85 - 0.3 / r + 0.01 s >= 0.7 from round 2 on; 0.75 - ... never at seed 0 and 1 before round 6

@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -34,14 +34,19 @@ def alone_in(folder: Path) -> Iterator[None]:
     """Let no other call run suites into a folder meanwhile: each would leave what the other runs out of its table.
 
     Raises:
-        ConfigurationError: another call does.
+        ConfigurationError: another call does, or files cannot be locked there.
     """
-    with (folder / ".lock").open("a") as lock:
+    with ExitStack() as opened:
         try:
+            lock = opened.enter_context((folder / ".lock").open("a"))
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ConfigurationError(
                 f"another call runs suites into {folder}: wait for its end, or give another --output"
+            ) from error
+        except OSError as error:
+            raise ConfigurationError(
+                f"cannot lock {folder / '.lock'}: {error.strerror}: give another --output"
             ) from error
         yield
 
@@ -71,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         )
     with alone_in(output):
         failed = run_chosen(suite, cells, chosen, output, args.jobs)
-    report_on(folder)
+        report_on(folder)
     return 1 if failed else 0
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from elsa_pl import cli
 from elsa_pl.errors import ConfigurationError
-from elsa_pl.experiments.cells import Cell
+from elsa_pl.experiments.cells import Cell, error_of
 from elsa_pl.strategies.checks import refuse_unsupported
 
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
@@ -56,13 +56,14 @@ def check(cells: Sequence[Cell]) -> None:
         for cell in cells:
             cell.write(path := Path(folder, "check.yaml"))
             said = io.StringIO()
-            code: object
             try:
                 with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
                     code = cli.main(["fit", "--config", str(path), "--output_dir", folder], _CheckingCLI)
             except SystemExit as ended:
-                code = ended.code
+                code = ended.code if isinstance(ended.code, int) else 1
+            except Exception as error:  # of a class that settings name, such as somebody's callback
+                raise ConfigurationError(f"{cell.name}: {type(error).__name__}: {error}") from error
             if code in _INTERRUPTED:
-                raise KeyboardInterrupt
+                signal.raise_signal(code - 128)  # train.py has taken it, and it was meant for the suite
             if code:
-                raise ConfigurationError(f"{cell.name}: {said.getvalue().strip().rpartition('error: ')[2]}")
+                raise ConfigurationError(f"{cell.name}: {error_of(said.getvalue(), code).removeprefix('error: ')}")

@@ -10,7 +10,7 @@
         add: [{class_path: TrustScoring}]             callbacks that come before the others
         set:                                          settings, which count last
           data.batch_size: 4
-          trainer.callbacks.TrustScoring.min_trust: 0.2     of a callback that is there
+          trainer.callbacks.TrustScoring.min_trust: 0.2     of a callback that the method has
     cases: {faulty-25: {data.faulty_fraction: 0.25}}  settings, for all methods alike
     seeds: [0, 1, 2]
     settings: {trainer.max_epochs: 10}                for all runs alike
@@ -181,13 +181,8 @@ class Suite:
             raise ConfigurationError(
                 f"{files[0]} and {files[1]} make no configuration: {error}: correct them"
             ) from error
-        for settings in (self.settings, self.cases[case]):
-            for name, value in settings.items():
-                put(config, name, value)
         if chosen.without or chosen.add:
-            callbacks = _callbacks(
-                f"trainer.callbacks of methods.{method}", config.setdefault("trainer", {}).get("callbacks") or []
-            )
+            callbacks = _callbacks_of(config)
             names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
             if missing := set(chosen.without) - set(names):
                 raise ConfigurationError(
@@ -195,9 +190,10 @@ class Suite:
                     " correct the names"
                 )
             kept = [callback for callback, name in zip(callbacks, names, strict=True) if name not in chosen.without]
-            config["trainer"]["callbacks"] = [*copy.deepcopy(chosen.add), *kept]
-        for name, value in chosen.settings.items():
-            put(config, name, value)
+            config.setdefault("trainer", {})["callbacks"] = [*copy.deepcopy(chosen.add), *kept]
+        for settings in (self.settings, self.cases[case], chosen.settings):
+            for name, value in settings.items():
+                put(config, name, value)
         return config
 
 
@@ -336,15 +332,21 @@ def put(config: dict[str, Any], name: str, value: object) -> None:
 
 def _arguments(config: Mapping[str, Any], name: str, wanted: str) -> list[dict[str, Any]]:
     """Those of all callbacks of a class, to be changed."""
-    callbacks: Any = _callbacks("trainer.callbacks", (config.get("trainer") or {}).get("callbacks") or [])
+    callbacks: Any = _callbacks_of(config)
     names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
     if wanted not in names:
         raise ConfigurationError(f"cannot set {name}: there are the callbacks {names}: correct the name")
-    return [
-        callback.setdefault("init_args", {})
-        for callback, found in zip(callbacks, names, strict=True)
-        if found == wanted
-    ]
+    chosen = [callback for callback, found in zip(callbacks, names, strict=True) if found == wanted]
+    for callback in chosen:
+        callback["init_args"] = callback.get("init_args") or {}  # which may stand there without anything
+    return [callback["init_args"] for callback in chosen]
+
+
+def _callbacks_of(config: Mapping[str, Any]) -> tuple[Settings, ...]:
+    trainer = config.get("trainer") or {}
+    if not isinstance(trainer, dict):
+        raise ConfigurationError(f"expected settings in trainer; got {trainer!r}: give them names, trainer.NAME")
+    return _callbacks("trainer.callbacks", trainer.get("callbacks") or [])
 
 
 def _file(suite: Path, where: str, given: object) -> Path:
@@ -358,6 +360,7 @@ def _callbacks(where: str, given: object) -> tuple[Settings, ...]:
     if isinstance(given, list) and all(
         isinstance(callback, dict) and isinstance(callback.get("class_path"), str) for callback in given
     ):
+        _plain(where, given)
         return tuple(given)
     raise ConfigurationError(
         f"{where}: expected a list of callbacks such as {{class_path: TrustScoring}}; got {given!r}: see the top of"
@@ -379,13 +382,18 @@ def _settings(where: str, given: object) -> dict[str, Any]:
             raise ConfigurationError(f"{where}: expected names such as data.alpha; got {name!r}: correct it")
         if name in _OWN:
             raise ConfigurationError(f"{where}: {name} is {_OWN[name]}: leave it out")
-        try:
-            json.dumps(value, sort_keys=True)
-        except TypeError as error:
-            raise ConfigurationError(
-                f"{where}: {name} must be a text, number, list or names with values; got {value!r}: a date needs quotes"
-            ) from error
+        _plain(f"{where}: {name}", value)
     return found
+
+
+def _plain(where: str, value: object) -> None:
+    """Refuse what a table cannot hold."""
+    try:
+        json.dumps(value, sort_keys=True)
+    except TypeError as error:
+        raise ConfigurationError(
+            f"{where} must be a text, number, list or names with values; got {value!r}: a date needs quotes"
+        ) from error
 
 
 def _require(where: str, given: object, known: Mapping[str, type] | None = None) -> dict[str, Any]:

@@ -87,20 +87,29 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
     def percent(name: str) -> str | None:
         return None if summary.get(name) is None else f"{100 * summary[name]:.1f}%"
 
-    seconds = summary["seconds"]
-    perplexity, peak = summary.get("test_perplexity"), summary.get("peak_bytes")
+    def score(name: str) -> str | None:
+        return None if summary.get(name) is None else f"{summary[name]:.1f}"
+
+    seconds, peak = summary["seconds"], summary.get("peak_bytes")
+    trained = "" if _trained(summary) else ", of the training behind it"
     found = [
         (percent("val_accuracy"), "validation accuracy"),
+        (score("val_perplexity"), "validation perplexity"),
         (percent("test_accuracy"), "test accuracy"),
         (percent("test_merged_accuracy"), "test accuracy, adapters merged into the uncut model"),
-        (None if perplexity is None else f"{perplexity:.1f}", "test perplexity"),
+        (score("test_perplexity"), "test perplexity"),
         (None if summary.get("tested_round") is None else str(summary["tested_round"]), "round that was tested"),
-        (f"{summary['bytes']['total'] / 1e6:,.1f} MB", "sent, validation included"),
-        (f"{seconds['simulated']:,.0f} s" if "simulated" in seconds else None, "simulated time"),
+        (f"{summary['bytes']['total'] / 1e6:,.1f} MB", f"sent, validation included{trained}"),
+        (f"{seconds['simulated']:,.0f} s" if "simulated" in seconds else None, f"simulated time{trained}"),
         (f"{seconds['total']:,.0f} s", "time of the run"),
         (f"{peak / 1e9:.1f} GB" if peak else None, "peak memory, first process"),
     ]
     return [(value, what) for value, what in found if value is not None]
+
+
+def _trained(summary: dict[str, Any]) -> bool:
+    """Whether the run is one of fit; others have the bytes and rounds of the run whose adapters they took."""
+    return summary.get("adapter") is not None
 
 
 def _metrics(path: Path) -> pd.DataFrame:
@@ -171,7 +180,7 @@ def _trust(run_dir: Path) -> Section | None:
 
 def _traffic(run_dir: Path, summary: dict[str, Any]) -> Section | None:
     sent = {link: ways for link, ways in summary["bytes"].items() if link != "total" and any(ways.values())}
-    if not sent:
+    if not sent or not _trained(summary):
         return None
     rows = [
         [text(link), text(way), number(count, 2, 1e-6)] for link, ways in sent.items() for way, count in ways.items()
