@@ -24,6 +24,7 @@ from urllib.request import getproxies
 
 import torch
 from huggingface_hub import constants as hub
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
@@ -222,6 +223,9 @@ def _make_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         if "Unrecognized model identifier" not in str(error):
             raise
         raise ValueError(f"transformers knows no model_type {model_type!r}: check its spelling") from error
+    except StrictDataclassError as error:
+        said = str(error).splitlines()[-1].strip()
+        raise ValueError(f"model_config is none of {model_type}: {said}: correct the value") from error
 
 
 def _set_pad_token(config: PreTrainedConfig, *, pretrained: bool) -> None:

@@ -70,6 +70,7 @@ CASES: list[Case] = [
     ("two-models", ["--model.model", TOKENIZER], ["either model", "or model_config"]),
     ("model-type", ["--model.model_config", "{model_type: bertt}"], ["'bertt'", "check its spelling"]),
     ("no-model-type", ["--model.model_config", "{hidden_size: 32}"], ["model_type", "hidden_size"]),
+    ("model-value", ["--model.model_config", BERT.replace("32,", "wide,", 1)], ["hidden_size", "int", "'wide'"]),
     ("model-sizes", ["--model.model_config", BERT.replace("32,", "33,", 1)], ["33", "4"]),
     ("albert", ["--model.model_config", BERT.replace("bert", "albert")], ["albert", "shares one block"]),
     ("encoder-decoder", ["--model.model_config", "{model_type: t5, d_model: 32, num_layers: 4}"], ["encoder-decoder"]),

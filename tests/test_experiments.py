@@ -373,11 +373,6 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
         {"methods": {"x": {"config": ELSA, "set": {"trainer.strategy.aggregator": "stacked"}}}},
         ["helpdesk-x-all-0", "strategy.adapter_bits=32 with aggregator=stacked"],
     ),
-    (
-        "exception",
-        {"settings": {"model.model": None, "model.model_config": {"model_type": "bert", "hidden_size": "x"}}},
-        ["helpdesk-fedavg-all-0: Strict", "hidden_size"],
-    ),
     ("model", {"settings": {"model.plan.front": 7}}, ["helpdesk-fedavg-all-0", "front=7"]),
     ("trainer", {"cases": {"x": {"trainer.max_steps": 5}}}, ["helpdesk-fedavg-x-0", "max_steps", "set max_epochs"]),
     (
@@ -435,6 +430,17 @@ def test_bad_suites(
     for word in words:
         assert word in printed
     assert not list((tmp_path / "out").glob("cells/*"))
+
+
+def test_a_callback_with_an_error_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hook = "    def check_links(self, links: list[str]) -> None:\n        raise RuntimeError('mine')\n"
+    (tmp_path / "mine.py").write_text(f"from lightning import Callback\n\n\nclass Mine(Callback):\n{hook}")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    suite = write_suite(tmp_path, methods={"x": {**FEDAVG, "add": [{"class_path": "mine.Mine"}]}})
+    assert run(suite, tmp_path / "out") == 1
+    assert "error: helpdesk-x-all-0: RuntimeError: mine" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("content", "words"), [case[1:] for case in ELSE], ids=[case[0] for case in ELSE])
