@@ -28,6 +28,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from elsa_pl.callbacks import RoundProgress
+from elsa_pl.console import MOST_CLIENTS_IN_TABLE, closing, describe
 from elsa_pl.datamodules import FederatedTextDataModule
 from elsa_pl.errors import ConfigurationError, ElsaError, RunFailed
 from elsa_pl.export import check_writable, export_adapter, new_folder, summarise, write_summary
@@ -44,7 +45,6 @@ from elsa_pl.parsing import (
     read_checkpoint,
 )
 from elsa_pl.predictions import PredictionWriter
-from elsa_pl.reports import MOST_CLIENTS_IN_TABLE, closing, describe
 from elsa_pl.strategies import HierarchicalStrategy, launcher
 from elsa_pl.strategies.checks import refuse_unsupported
 from elsa_pl.tiers import SplitModel
