@@ -310,6 +310,29 @@ def test_settings_of_a_cell(tmp_path: Path) -> None:
     assert added["init_args"] == {"min_trust": 0.4, "smoothing": 0.25}, "nothing of the cell before"
 
 
+def test_what_is_skipped(tmp_path: Path) -> None:
+    """Of each kind one name or several; all kinds of a rule must be met."""
+    cases: dict[str, Any] = {"a": {}, "b": {}, "c": {}}
+    path = write_suite(tmp_path, cases=cases, skip=[{"method": "sfl", "case": ["a", "b"]}, {"case": "c"}])
+    assert load_suite(path).combinations() == [("a", "helpdesk", "fedavg"), ("b", "helpdesk", "fedavg")]
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("trainer: {callbacks: SSOP}", r"trainer\.callbacks of methods\.x: .*got 'SSOP'"),
+        ("trainer: x", "expected settings in trainer; got 'x'"),
+    ],
+)
+def test_callbacks_that_are_none(content: str, error: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    (tmp_path / "method.yaml").write_text("model: {}")
+    methods = {"x": {"config": "method.yaml", "without": ["SSOP"]}}
+    suite = load_suite(write_suite(tmp_path, data_sets={"x": "bad.yaml"}, methods=methods, settings={}))
+    with pytest.raises(ConfigurationError, match=error):
+        suite.configuration("all", "x", "x")
+
+
 def test_a_case_says_nothing_of_the_next(tmp_path: Path) -> None:
     cases = {"deep": {"model.plan.front": 2}, "as-is": {}}
     suite = load_suite(write_suite(tmp_path, settings={"model.plan": {"front": 1}}, cases=cases))
@@ -350,6 +373,8 @@ BAD: list[tuple[str, dict[str, Any], list[str]]] = [
     ("data-set", {"data_sets": {"x": "none.yaml"}}, ["data_sets.x", "none.yaml"]),
     ("target", {"target_accuracy": {"trek": 0.5}}, ["unknown data_set 'trek'", "helpdesk"]),
     ("skip", {"skip": [{"method": "sfll"}]}, ["unknown method 'sfll'", "fedavg, sfl"]),
+    ("skip-two", {"skip": [{"method": ["sfl", "sfll"]}]}, ["unknown method 'sfll'", "fedavg, sfl"]),
+    ("skip-number", {"skip": [{"case": 3}]}, ["skip of", "case must be a list; got 3"]),
     (
         "without",
         {"methods": {"x": {"config": str(ROOT / "configs/methods/elsa.yaml"), "without": ["Trust"]}}},
@@ -414,7 +439,6 @@ ELSE: list[tuple[str, bytes, list[str]]] = [
     ("interpolation", b"data: {alpha: '${nope'}", ["make no configuration", "${nope"]),
     ("list", b"trainer: [1]", ["make no configuration"]),
     ("no-data", b"data: [1]", ["expected settings in data; got [1]"]),
-    ("no-trainer", b"trainer: x", ["x"]),
 ]
 
 

@@ -93,8 +93,7 @@ def run_chosen(suite: Suite, cells: Sequence[Cell], chosen: Sequence[Cell], outp
     folder = output / suite.name
     before = read_before(folder)
     # all that there is of the suite goes into its table, whatever is chosen to run now
-    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)}
-    outcomes |= {
+    outcomes = {outcome.cell.digest: outcome for outcome in failed_before(before, cells)} | {
         cell.digest: checked(Outcome(cell, found))
         for cell in cells
         if (found := find_run(output / CELLS_FOLDER, cell)) is not None

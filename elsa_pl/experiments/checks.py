@@ -20,7 +20,6 @@ from elsa_pl.strategies.checks import refuse_unsupported
 _INTERRUPTED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 """How train.py ends then."""
 
-
 _ANY_NUM_LABELS = 2
 
 

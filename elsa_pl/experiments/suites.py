@@ -19,7 +19,7 @@
     sizes: {full: {seeds: [0, 1, 2, 3, 4]}}           what other sizes than ``cpu`` change in all this
 
 Files are found from the suite's folder. A case, a method or a data set may be left out of a combination by
-``skip: [{method: central, case: faulty-25}]``.
+``skip: [{method: [central, local], case: faulty-25}]``.
 """
 
 import copy
@@ -58,7 +58,7 @@ _KEYS: dict[str, type] = {
     "skip": list,
 }
 _METHOD_KEYS: dict[str, type] = {"about": str, "config": str, "without": list, "add": list, "set": dict}
-_SKIP_KEYS: dict[str, type] = {"method": str, "data_set": str, "case": str}
+_SKIP_KEYS: dict[str, type] = {"method": list, "data_set": list, "case": list}
 _FORMS: dict[type, str] = {str: "a text", list: "a list", dict: "names with values"}
 _OWN = {
     "seed_everything": "what the suite's seeds say",
@@ -131,7 +131,7 @@ class Suite:
     budgets_mb: Sequence[float]
     """Bytes of training, in units of 10^6."""
 
-    skip: Sequence[Mapping[str, str]]
+    skip: Sequence[Mapping[str, Sequence[str]]]
     """Combinations that are left out."""
 
     def combinations(self) -> list[tuple[str, str, str]]:
@@ -140,9 +140,7 @@ class Suite:
         return [
             (case, data_set, method)
             for case, data_set, method in found
-            if not any(
-                rule.items() <= {"case": case, "data_set": data_set, "method": method}.items() for rule in self.skip
-            )
+            if not any(_matches(rule, {"case": case, "data_set": data_set, "method": method}) for rule in self.skip)
         ]
 
     def describe(self) -> dict[str, Any]:
@@ -182,8 +180,8 @@ class Suite:
                 f"{files[0]} and {files[1]} make no configuration: {error}: correct them"
             ) from error
         if chosen.without or chosen.add:
-            callbacks = _callbacks_of(config)
-            names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
+            callbacks = _callbacks_of(config, f"trainer.callbacks of methods.{method}")
+            names = [_class_of(callback) for callback in callbacks]
             if missing := set(chosen.without) - set(names):
                 raise ConfigurationError(
                     f"methods.{method}.without names {sorted(missing)}; {chosen.config} has the callbacks {names}:"
@@ -249,7 +247,7 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
         settings=_settings(f"settings of {path}", content.get("settings", {})),
         target_accuracy=content.get("target_accuracy", {}),
         budgets_mb=content.get("budgets_mb", []),
-        skip=[_require(f"skip of {path}", rule, _SKIP_KEYS) for rule in content.get("skip", [])],
+        skip=[_rule(f"skip of {path}", given) for given in content.get("skip", [])],
     )
     if not all(isinstance(seed, int) for seed in suite.seeds) or len(set(suite.seeds)) < len(suite.seeds):
         raise ConfigurationError(f"{path}: seeds must be whole numbers that differ; got {suite.seeds}: correct them")
@@ -264,9 +262,9 @@ def load_suite(path: Path, size: str = CPU_SIZE) -> Suite:
     if not all(suite.skip):
         raise ConfigurationError(f"{path}: a rule of skip is empty, which would skip all: name a method or a case")
     for kind, known, names in (
-        ("method", suite.methods, [rule["method"] for rule in suite.skip if "method" in rule]),
-        ("data_set", suite.data_sets, [rule["data_set"] for rule in suite.skip if "data_set" in rule]),
-        ("case", suite.cases, [rule["case"] for rule in suite.skip if "case" in rule]),
+        ("method", suite.methods, [name for rule in suite.skip for name in rule.get("method", ())]),
+        ("data_set", suite.data_sets, [name for rule in suite.skip for name in rule.get("data_set", ())]),
+        ("case", suite.cases, [name for rule in suite.skip for name in rule.get("case", ())]),
         ("data_set", suite.data_sets, list(suite.target_accuracy)),
     ):
         choose(str(path), kind, names, known)
@@ -332,21 +330,25 @@ def put(config: dict[str, Any], name: str, value: object) -> None:
 
 def _arguments(config: Mapping[str, Any], name: str, wanted: str) -> list[dict[str, Any]]:
     """Those of all callbacks of a class, to be changed."""
-    callbacks: Any = _callbacks_of(config)
-    names = [callback["class_path"].rpartition(".")[2] for callback in callbacks]
-    if wanted not in names:
+    callbacks: Any = _callbacks_of(config, "trainer.callbacks")
+    chosen = [callback for callback in callbacks if _class_of(callback) == wanted]
+    if not chosen:
+        names = [_class_of(callback) for callback in callbacks]
         raise ConfigurationError(f"cannot set {name}: there are the callbacks {names}: correct the name")
-    chosen = [callback for callback, found in zip(callbacks, names, strict=True) if found == wanted]
     for callback in chosen:
         callback["init_args"] = callback.get("init_args") or {}  # which may stand there without anything
     return [callback["init_args"] for callback in chosen]
 
 
-def _callbacks_of(config: Mapping[str, Any]) -> tuple[Settings, ...]:
+def _class_of(callback: Settings) -> str:
+    return str(callback["class_path"]).rpartition(".")[2]
+
+
+def _callbacks_of(config: Mapping[str, Any], where: str) -> tuple[Settings, ...]:
     trainer = config.get("trainer") or {}
     if not isinstance(trainer, dict):
         raise ConfigurationError(f"expected settings in trainer; got {trainer!r}: give them names, trainer.NAME")
-    return _callbacks("trainer.callbacks", trainer.get("callbacks") or [])
+    return _callbacks(where, trainer.get("callbacks") or [])
 
 
 def _file(suite: Path, where: str, given: object) -> Path:
@@ -366,6 +368,16 @@ def _callbacks(where: str, given: object) -> tuple[Settings, ...]:
         f"{where}: expected a list of callbacks such as {{class_path: TrustScoring}}; got {given!r}: see the top of"
         " elsa_pl/experiments/suites.py"
     )
+
+
+def _rule(where: str, given: object) -> dict[str, tuple[str, ...]]:
+    """What is skipped: of each kind one name or several."""
+    listed = {kind: [names] if isinstance(names, str) else names for kind, names in _require(where, given).items()}
+    return {kind: _texts(f"{kind} in {where}", names) for kind, names in _require(where, listed, _SKIP_KEYS).items()}
+
+
+def _matches(rule: Mapping[str, Sequence[str]], place: Mapping[str, str]) -> bool:
+    return all(place[kind] in names for kind, names in rule.items())
 
 
 def _texts(where: str, given: list[object]) -> tuple[str, ...]:
